@@ -1,0 +1,29 @@
+"""Errors a user can act on: what was asked, what was found, what would work."""
+
+
+class SpecMemoError(Exception):
+    """Base of every error this package raises on purpose; the CLI prints it as one line."""
+
+
+class ConfigError(SpecMemoError, ValueError):
+    """A model configuration that is malformed or asks for what is not supported."""
+
+
+class WeightsError(SpecMemoError, ValueError):
+    """A checkpoint that is missing, truncated, of the wrong shape, or not finite."""
+
+
+class ModelNotFoundError(SpecMemoError, LookupError):
+    """No model of that name in the zoo, on disk, or on the hub."""
+
+
+class DownloadError(SpecMemoError, OSError):
+    """A file could not be fetched or did not match its pinned hash."""
+
+
+class RequestError(SpecMemoError, ValueError):
+    """A prompt or sampling parameter that cannot be served."""
+
+
+class CapacityError(SpecMemoError, ValueError):
+    """A request that needs more context or memory than the plan holds."""

@@ -1,0 +1,53 @@
+"""Attention of T new nodes over a row's committed cache and over their own ancestors.
+
+The new nodes' keys and values are not in the cache yet: the cache is only read, and
+the softmax runs over both parts at once. Rejected candidates are therefore never
+written anywhere (`specmemo_jax.speculate.commit` writes the accepted ones).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+NEG_INF = -1e30
+
+
+def tree_attention(
+    q: Float[Array, "B T N D"],
+    k_new: Float[Array, "B T K D"],
+    v_new: Float[Array, "B T K D"],
+    k_cache: Array,
+    v_cache: Array,
+    ancestors: Bool[Array, "B T T"],
+    lengths: Int[Array, " B"],
+    dtype: jnp.dtype,
+    precision: jax.lax.Precision | None,
+) -> Float[Array, "B T N*D"]:
+    """Scaled dot-product attention, grouped heads, scores and softmax in float32.
+
+    ``k_cache`` and ``v_cache`` are ``[B, K, S, D]``, of which row ``b`` uses the first
+    ``lengths[b]``; ``ancestors[b, i, j]`` says that node ``i`` sees node ``j`` (itself
+    included).
+    """
+    B, T, N, D = q.shape
+    K, S = k_cache.shape[1], k_cache.shape[2]
+    G = N // K
+
+    def dot(spec: str, a: Array, b: Array) -> Array:
+        return jnp.einsum(
+            spec, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32
+        )
+
+    q = (q * D**-0.5).reshape(B, T, K, G, D).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
+    k_new, v_new = k_new.transpose(0, 2, 1, 3), v_new.transpose(0, 2, 1, 3)
+    past = dot("bkqd,bksd->bkqs", q, k_cache)
+    tree = dot("bkqd,bktd->bkqt", q, k_new).reshape(B, K, G, T, T)
+    committed = jnp.arange(S)[None, :] < lengths[:, None]
+    past = jnp.where(committed[:, None, None, :], past, NEG_INF)
+    tree = jnp.where(ancestors[:, None, None], tree, NEG_INF).reshape(B, K, G * T, T)
+    top = jnp.maximum(past.max(-1, keepdims=True), tree.max(-1, keepdims=True))
+    past, tree = jnp.exp(past - top), jnp.exp(tree - top)
+    total = past.sum(-1, keepdims=True) + tree.sum(-1, keepdims=True)
+    out = dot("bkqs,bksd->bkqd", past, v_cache) + dot("bkqt,bktd->bkqd", tree, v_new)
+    out = (out / total).reshape(B, K, G, T, D)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N * D)

@@ -1,0 +1,64 @@
+"""The target's KV cache: one ``(keys, values)`` pair a layer, each ``[B, K, S, D]``.
+
+Layers are separate buffers and never stacked, so that XLA aliases every one of them
+with its donated input (a scan over a stacked cache doubles it).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+Leaf = Any  # an array, or what JAX puts in its place when a state is described and not allocated
+KVCache = tuple[tuple[Leaf, Leaf], ...]
+NewKV = tuple[tuple[Array, Array], ...]
+KV_AXES = ("batch", "kv_heads", "context", "head_dim")
+
+
+def init_cache(num_layers: int, shape: tuple[int, int, int, int], dtype: jnp.dtype) -> KVCache:
+    """Zeroed cache buffers of ``shape`` ``(B, K, S, D)``; zeros, so that unread slots stay finite."""
+    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(num_layers))
+
+
+def write(cache: KVCache, new: NewKV, starts: Int[Array, " R"], rows: Int[Array, " R"]) -> KVCache:
+    """Write ``new`` (a layer's ``(k, v)``, each ``[R, K, T, D]``) into ``rows`` from ``starts`` on, in place.
+
+    Needs ``starts + T <= S``: ``dynamic_update_slice`` would clamp the start silently.
+    For XLA to do it without copying the cache, ``starts`` must depend on a result of
+    every read of the old cache in the same program.
+    """
+    return tuple(
+        (_put(k, nk, starts, rows), _put(v, nv, starts, rows))
+        for (k, v), (nk, nv) in zip(cache, new, strict=True)
+    )
+
+
+def _put(buffer: Array, values: Array, starts: Int[Array, " R"], rows: Int[Array, " R"]) -> Array:
+    # 16-bit floats travel as integers: XLA's CPU backend has no 16-bit float stores and
+    # would convert the whole buffer to float32 and back at each write.
+    dtype, half = buffer.dtype, buffer.dtype.itemsize == 2
+    values = values.astype(dtype)
+    if half:
+        buffer, values = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (buffer, values))
+    for i in range(values.shape[0]):
+        buffer = jax.lax.dynamic_update_slice(buffer, values[i : i + 1], (rows[i], 0, starts[i], 0))
+    return jax.lax.bitcast_convert_type(buffer, dtype) if half else buffer
+
+
+def select_row(cache: KVCache, row: Int[Array, ""]) -> KVCache:
+    """One row of every layer, ``[1, K, S, D]``."""
+    return jax.tree.map(lambda buffer: jax.lax.dynamic_slice_in_dim(buffer, row, 1), cache)
+
+
+def grow(cache: KVCache, capacity: int) -> KVCache:
+    """The same cache with ``capacity`` slots a row, layer by layer; every old layer is freed as soon as copied."""
+    grown = []
+    for pair in cache:
+        S = pair[0].shape[2]
+        wider = tuple(jnp.pad(buffer, ((0, 0), (0, 0), (0, capacity - S), (0, 0))) for buffer in pair)
+        jax.block_until_ready(wider)
+        for buffer in pair:
+            buffer.delete()
+        grown.append(wider)
+    return tuple(grown)

@@ -1,0 +1,110 @@
+"""Llama as Flax NNX modules and one pure forward for prefill and for verification.
+
+Layers are unrolled on purpose: a scan over layers copies weights and cache (see
+docs/performance-log.md). The modules hold *packed* weights (`specmemo_jax.llama.packing`):
+query, key and value projections are one matrix, and so are gate and up.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from specmemo_jax.llama.attention import tree_attention
+from specmemo_jax.llama.config import LlamaConfig
+from specmemo_jax.llama.kv import KVCache, NewKV
+from specmemo_jax.llama.layers import Linear, RMSNorm, matmul
+from specmemo_jax.llama.rope import rope_tables, rotate
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with a fused QKV projection ``[(N + 2K) * D, H]``."""
+
+    def __init__(self, config: LlamaConfig, dtype: jnp.dtype):
+        N, K, D, H = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
+        self.qkv_proj = Linear((N + 2 * K) * D, H, dtype, ("heads", "hidden"), config.attention_bias)
+        self.o_proj = Linear(H, N * D, dtype, ("hidden", "heads"), config.attention_bias)
+
+
+class MLP(nnx.Module):
+    """SwiGLU (arXiv 2002.05202) with fused gate and up projections ``[2F, H]``."""
+
+    def __init__(self, config: LlamaConfig, dtype: jnp.dtype):
+        H, F = config.hidden_size, config.ffn_size
+        self.gate_up_proj = Linear(2 * F, H, dtype, ("ffn", "hidden"), config.mlp_bias)
+        self.down_proj = Linear(H, F, dtype, ("hidden", "ffn"), config.mlp_bias)
+
+    def __call__(self, x: Float[Array, "B T H"], platform: str) -> Float[Array, "B T H"]:
+        gate, up = jnp.split(self.gate_up_proj(x, platform), 2, axis=-1)
+        return self.down_proj(jax.nn.silu(gate) * up, platform)
+
+
+class Block(nnx.Module):
+    """One decoder layer."""
+
+    def __init__(self, config: LlamaConfig, dtype: jnp.dtype):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.self_attn = Attention(config, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = MLP(config, dtype)
+
+
+class Llama(nnx.Module):
+    """A decoder-only Llama of any size; ``dtype`` is the weights' dtype.
+
+    ``lm_head`` is None when the embedding table serves as the head.
+    """
+
+    def __init__(self, config: LlamaConfig, dtype: jnp.dtype):
+        V, H = config.vocab_size, config.hidden_size
+        self.embed_tokens = nnx.Param(jnp.zeros((V, H), dtype), axes=("vocab", "hidden"))
+        self.layers = nnx.List([Block(config, dtype) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(H, config.rms_norm_eps, dtype)
+        self.lm_head = (
+            None if config.tied_embeddings else nnx.Param(jnp.zeros((V, H), dtype), axes=("vocab", "hidden"))
+        )
+        self.config = config
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.embed_tokens.dtype
+
+
+def forward(
+    model: Llama,
+    cache: KVCache,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    ancestors: Bool[Array, "B T T"],
+    lengths: Int[Array, " B"],
+    platform: str,
+) -> tuple[Float[Array, "B T H"], NewKV]:
+    """Run the target on T nodes a row: prefill with causal ``ancestors``, verification with a tree's.
+
+    Returns the hidden states after the final norm (float32; `logits` turns rows of
+    them into logits) and each layer's new keys and values ``[B, K, T, D]``, which are
+    not yet in ``cache`` (``[B, K, S, D]`` a layer; the first ``lengths[b]`` slots of row
+    ``b`` are read).
+    """
+    config, dtype = model.config, model.dtype
+    N, K, D = config.num_heads, config.num_kv_heads, config.head_dim
+    B, T = tokens.shape
+    precision = None if platform == "cpu" else jax.lax.Precision.HIGHEST
+    cos, sin = rope_tables(config, positions)
+    x = model.embed_tokens[...][tokens].astype(jnp.float32)
+    new = []
+    for block, (k_cache, v_cache) in zip(model.layers, cache, strict=True):
+        qkv = block.self_attn.qkv_proj(block.input_layernorm(x), platform).reshape(B, T, N + 2 * K, D)
+        qk, v = rotate(qkv[:, :, : N + K], cos, sin), qkv[:, :, N + K :]
+        q, k = qk[:, :, :N], qk[:, :, N:]
+        attended = tree_attention(q, k, v, k_cache, v_cache, ancestors, lengths, dtype, precision)
+        x = x + block.self_attn.o_proj(attended, platform)
+        x = x + block.mlp(block.post_attention_layernorm(x), platform)
+        new.append((k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
+    return model.norm(x), tuple(new)
+
+
+def logits(model: Llama, hidden: Float[Array, "B T H"], platform: str) -> Float[Array, "B T V"]:
+    """Float32 logits of the given rows (a separate step: only the rows that someone needs)."""
+    head = model.embed_tokens if model.lm_head is None else model.lm_head
+    return matmul(hidden, head[...], platform)

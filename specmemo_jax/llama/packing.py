@@ -1,0 +1,108 @@
+"""Canonical tensors into the engine's model, one tensor at a time, and the result as one object.
+
+On disk a weight has its Hugging Face name and shape. In memory projections that read
+the same input are one matrix, so that a layer takes four matrix products and not seven.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from specmemo_jax.errors import WeightsError
+from specmemo_jax.llama.config import LlamaConfig
+from specmemo_jax.llama.model import Llama
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_FUSED_INTO = {part: whole for whole, parts in FUSED.items() for part in parts}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
+    """A Llama ready to run: flat weight arrays and how to put them back together.
+
+    Programs take ``leaves`` as an argument and call `merge` while they are traced; a
+    flat tuple dispatches a hundred times faster than an NNX object.
+    """
+
+    config: LlamaConfig
+    dtype: jnp.dtype
+    platform: str
+    leaves: tuple[jax.Array, ...]
+    graph: Any
+    tree: Any
+
+    def merge(self, leaves: Sequence[jax.Array]) -> Llama:
+        """The NNX model over ``leaves``."""
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, leaves))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return sum(leaf.nbytes for leaf in self.leaves)
+
+
+def packed_name(name: str) -> tuple[str, int]:
+    """Where a canonical tensor goes: the packed parameter's name and its place among the fused parts."""
+    if name in ("embed_tokens.weight", "lm_head.weight"):
+        return name.removesuffix(".weight"), 0
+    *scope, module, kind = name.split(".")
+    whole = _FUSED_INTO.get(module)
+    if whole is None:
+        return name, 0
+    return ".".join([*scope, whole, kind]), FUSED[whole].index(module)
+
+
+def abstract_model(config: LlamaConfig, dtype: jnp.dtype) -> tuple[Any, Any, dict[str, jax.ShapeDtypeStruct]]:
+    """Graph, tree and packed parameter shapes (in leaf order) of a model, without allocating it."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(config, jnp.dtype(dtype))))
+    paths, tree = jax.tree_util.tree_flatten_with_path(state)
+    names = [
+        ".".join(str(getattr(key, "key", key)) for key in path if hasattr(key, "key")) for path, _ in paths
+    ]
+    return graph, tree, {name: leaf for name, (_, leaf) in zip(names, paths, strict=True)}
+
+
+def pack(
+    config: LlamaConfig,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    dtype: jnp.dtype,
+    device: jax.Device | None = None,
+) -> Target:
+    """Cast and pack a stream of canonical ``(name, array)`` pairs onto ``device``.
+
+    Holds no more than the packed weights, one fused matrix and its parts at any time.
+    Raises WeightsError for a tensor that is unknown, repeated, missing or of another shape.
+    """
+    dtype = jnp.dtype(dtype)
+    device = device or jax.devices()[0]
+    graph, tree, shapes = abstract_model(config, dtype)
+    expected = config.tensor_shapes()
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    packed: dict[str, jax.Array] = {}
+    seen: set[str] = set()
+    for name, array in tensors:
+        if name not in expected:
+            raise WeightsError(f"unexpected tensor {name!r} for this config")
+        if name in seen:
+            raise WeightsError(f"tensor {name!r} appears twice")
+        if tuple(array.shape) != expected[name]:
+            raise WeightsError(
+                f"tensor {name!r} has shape {tuple(array.shape)}, the config wants {expected[name]}"
+            )
+        seen.add(name)
+        key, place = packed_name(name)
+        parts.setdefault(key, {})[place] = np.asarray(array).astype(dtype)
+        if sum(part.shape[0] for part in parts[key].values()) == shapes[key].shape[0]:
+            ready = parts.pop(key)
+            host = ready[0] if len(ready) == 1 else np.concatenate([ready[i] for i in sorted(ready)])
+            packed[key] = jax.device_put(host, device, may_alias=False)
+    missing = sorted(expected.keys() - seen)
+    if missing:
+        raise WeightsError(f"{len(missing)} tensors are missing, the first is {missing[0]!r}")
+    leaves = tuple(packed[name] for name in shapes)
+    return Target(config, dtype, device.platform, leaves, graph, tree)

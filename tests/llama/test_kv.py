@@ -1,0 +1,61 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specmemo_jax.llama import kv
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    starts=st.lists(st.integers(0, 12), min_size=3, max_size=3),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    seed=st.integers(0, 9),
+)
+def test_every_row_is_written_at_its_own_start(starts, dtype, seed):
+    rng = np.random.default_rng(seed)
+    shape, T = (3, 2, 16, 4), 4
+    before = tuple(jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(2))
+    new = tuple(jnp.asarray(rng.standard_normal((3, 2, T, 4)), jnp.float32) for _ in range(2))
+    after = kv.write((before,), (new,), jnp.asarray(starts, jnp.int32), jnp.arange(3))[0]
+    for got, old, add in zip(after, before, new, strict=True):
+        want = np.asarray(old).copy()
+        for b, start in enumerate(starts):
+            want[b, :, start : start + T] = np.asarray(add[b].astype(dtype))
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(got), want)
+
+
+def test_one_row_of_many():
+    cache = kv.init_cache(1, (3, 2, 8, 4), jnp.dtype("float32"))
+    ones = jnp.ones((1, 2, 2, 4))
+    ((k, _),) = kv.write(cache, ((ones, ones),), jnp.array([5]), jnp.array([1]))
+    assert float(k.sum()) == float(k[1, :, 5:7].sum()) == 16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_donated_write_copies_nothing(dtype, batch):
+    shape = (batch, 2, 512, 64)
+    cache = jax.eval_shape(lambda: kv.init_cache(2, shape, jnp.dtype(dtype)))
+    new = tuple((jax.ShapeDtypeStruct((batch, 2, 8, 64), jnp.float32),) * 2 for _ in range(2))
+    starts = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    compiled = jax.jit(kv.write, donate_argnums=0).lower(cache, new, starts, starts).compile()
+    memory = compiled.memory_analysis()
+    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    assert memory.alias_size_in_bytes >= cache_bytes
+    assert memory.temp_size_in_bytes < cache_bytes // 16
+
+
+def test_grow_keeps_what_is_there():
+    cache = kv.init_cache(2, (1, 2, 4, 2), jnp.dtype("float32"))
+    ones = jnp.ones((1, 2, 3, 2))
+    cache = kv.write(cache, ((ones, ones),) * 2, jnp.array([0]), jnp.array([0]))
+    old = jax.tree.leaves(cache)
+    grown = kv.grow(cache, 10)
+    for leaf in jax.tree.leaves(grown):
+        assert leaf.shape == (1, 2, 10, 2)
+        assert float(leaf.sum()) == float(leaf[:, :, :3].sum()) == 12
+    assert all(leaf.is_deleted() for leaf in old)
