@@ -1,0 +1,31 @@
+"""Where compiled programs are kept between runs."""
+
+import hashlib
+import platform
+from pathlib import Path
+
+import jax
+
+from specmemo_jax.cache import cache_dir
+
+
+def enable_compilation_cache(folder: str | Path | None = None) -> None:
+    """Keep compiled programs on disk, unless JAX was configured by the user already.
+
+    The default folder's name holds a hash of the processor's features: JAX's key does not,
+    and a program compiled for one processor may not run on another.
+    """
+    if folder is None:
+        if jax.config.jax_compilation_cache_dir is not None:
+            return
+        folder = cache_dir() / "xla" / _processor()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    features = sorted({line for line in lines if line.startswith(("flags", "model name", "Features"))})
+    identity = "\n".join([platform.machine(), platform.processor(), *features])
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]

@@ -1,0 +1,33 @@
+"""What the memory model knows of a device buffer, and of a drafter."""
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """A device buffer by name: its shape, dtype and bytes, before it exists."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+@runtime_checkable
+class DraftCost(Protocol):
+    """The part of a drafter that a plan prices: its tree's size and its own buffers."""
+
+    @property
+    def num_nodes(self) -> int:
+        """T, root included."""
+        ...
+
+    @property
+    def max_depth(self) -> int:
+        """Levels below the root."""
+        ...
+
+    def buffers(self, batch: int, context: int) -> tuple[Buffer, ...]:
+        """Device buffers it keeps for ``batch`` rows of ``context`` tokens."""
+        ...

@@ -1,0 +1,81 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specmemo_jax.draft import NgramDrafter
+from specmemo_jax.errors import CapacityError, ConfigError
+from specmemo_jax.llama.packing import pack
+from specmemo_jax.memory.budget import parse_bytes
+from specmemo_jax.memory.plan import make_plan
+from specmemo_jax.speculate.engine import Engine
+from specmemo_jax.testing import TINY, tiny_llama
+
+F32 = jnp.dtype("float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("batch", "drafter"), [(1, None), (1, NgramDrafter(16)), (3, NgramDrafter(8))])
+def test_plan_against_the_compiler(batch, drafter, dtype):
+    """Persistent buffers to the byte, temporaries from above, the whole state aliased."""
+    target = pack(TINY, iter(tiny_llama().items()), jnp.dtype(dtype))
+    plan = make_plan(TINY, dtype=target.dtype, platform="cpu", batch=batch, drafter=drafter)
+    engine = Engine(target, drafter, plan)
+    largest = plan.capacities[-1]
+    state = engine.abstract_state(largest)
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert target.num_bytes == plan.weights_bytes
+    assert sum(b.bytes for b in plan.buffers) == target.num_bytes + state_bytes
+    step = engine.step_memory(largest)
+    assert step.aliased >= state_bytes
+    assert step.peak <= plan.peak_bytes
+    prefill = engine.prefill_memory(largest, plan.chunks[0])
+    assert prefill.aliased >= state_bytes
+    assert prefill.peak <= plan.peak_bytes
+
+
+def test_shapes_are_the_plans():
+    cpu = make_plan(TINY, dtype=F32, platform="cpu", context=200, drafter=NgramDrafter(8))
+    assert cpu.capacities == (256,)
+    assert cpu.tree_nodes == 8
+    assert make_plan(TINY, dtype=F32, platform="gpu").capacities == (320,)
+    assert "target KV" in cpu.table()
+    assert cpu.generation_bytes == cpu.peak_bytes - cpu.weights_bytes
+
+
+def test_budget():
+    plan = make_plan(TINY, dtype=F32, platform="cpu", context=200)
+    assert make_plan(TINY, dtype=F32, platform="cpu", context=200, budget=plan.peak_bytes) == plan
+    with pytest.raises(CapacityError, match="would work"):
+        make_plan(TINY, dtype=F32, platform="cpu", context=200, budget=plan.peak_bytes - 1)
+    whole = make_plan(TINY, dtype=F32, platform="cpu", batch=64)
+    reduced = make_plan(TINY, dtype=F32, platform="cpu", batch=64, budget=whole.peak_bytes - 1)
+    assert reduced.context < TINY.max_context
+
+
+def test_contexts_and_batches_that_cannot_be():
+    with pytest.raises(CapacityError, match="512 exceeds the model's 256"):
+        make_plan(TINY, dtype=F32, platform="cpu", context=512)
+    with pytest.raises(ConfigError, match="max_batch"):
+        make_plan(TINY, dtype=F32, platform="cpu", batch=0)
+    with pytest.raises(ConfigError, match="max_context"):
+        make_plan(TINY, dtype=F32, platform="cpu", context=0)
+
+
+@given(st.integers(1, 2**40))
+def test_sizes_read_back(size):
+    assert parse_bytes(size) == parse_bytes(str(size)) == parse_bytes(f" {size} B ") == size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1GiB", 2**30), ("1.5 MiB", 3 * 2**19), ("2kb", 2000), ("3GB", 3 * 10**9)]
+)
+def test_sizes_with_units(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["12 potatoes", "", "-1", "0", 0, -5, "1e9", "GiB", True])
+def test_sizes_that_are_none(text):
+    with pytest.raises(ConfigError, match="memory size"):
+        parse_bytes(text)

@@ -1,0 +1,175 @@
+"""Speculative output equals vanilla's, token for token, whatever the drafter, tree and batch."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from specmemo_jax.draft import NgramDrafter
+from specmemo_jax.draft.ngram import chain
+from specmemo_jax.llama.packing import pack
+from specmemo_jax.memory.buffers import Buffer
+from specmemo_jax.memory.plan import make_plan
+from specmemo_jax.speculate.engine import Engine, chunk_starts
+from specmemo_jax.speculate.tree import Tree
+from specmemo_jax.testing import TINY, tiny_llama
+
+TARGET = pack(TINY, iter(tiny_llama().items()), jnp.dtype("float32"))
+PROMPTS = [np.random.default_rng(i).integers(0, 97, n).tolist() for i, n in enumerate((3, 17, 33, 40, 150))]
+
+
+def generate(drafter, prompts, *, batch=1, max_tokens=40, stop_ids=(), target=TARGET, context=200, steps=8):
+    """All prompts through an engine, slots refilled as they come free; logs in prompt order."""
+    plan = make_plan(TINY, dtype=target.dtype, platform="cpu", batch=batch, context=context, drafter=drafter)
+    engine = Engine(target, drafter, plan)
+    waiting, slots, logs = list(range(len(prompts))), [None] * batch, {}
+    while waiting or any(s is not None for s in slots):
+        for row in range(batch):
+            if slots[row] is None and waiting:
+                slots[row] = waiting.pop(0)
+                engine.admit(row, prompts[slots[row]], max_tokens, stop_ids)
+        engine.burst(steps)
+        for row in range(batch):
+            if engine.rows[row] is not None and engine.rows[row].finished:
+                logs[slots[row]], slots[row] = engine.release(row), None
+    engine.close()
+    return [logs[i] for i in range(len(prompts))]
+
+
+@pytest.fixture(scope="module")
+def vanilla():
+    return [log.new_ids for log in generate(None, PROMPTS)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Foresight:
+    """Knows each row's future and hides it among random nodes of a random tree.
+
+    ``truth[b]`` are the row's right ids. With chance ``p`` a node continues its parent's right
+    path, so that paths of every length and slot order get accepted.
+    """
+
+    truth: tuple[tuple[int, ...], ...]
+    num_nodes: int
+    p: float
+    seed: int
+    name: str = "foresight"
+    is_chain: bool = False
+
+    @property
+    def max_depth(self):
+        return self.num_nodes - 1
+
+    def init(self, batch, context):
+        return jnp.zeros((batch, 1), jnp.int32)
+
+    def buffers(self, batch, context):
+        return (Buffer("foresight", (batch, 1), "int32", 4 * batch),)
+
+    def observe(self, state, tokens, starts, counts):
+        return state
+
+    def truncate(self, state, lengths):
+        return state
+
+    def propose(self, state, pending, lengths):
+        rng = np.random.default_rng(self.seed)
+        parents, depths, right = [0], [0], [True]
+        for node in range(1, self.num_nodes):
+            parent = int(rng.integers(0, node))
+            if rng.random() < self.p:
+                parent = max(i for i in range(node) if right[i])
+            taken = any(right[j] and parents[j] == parent for j in range(1, node))
+            parents.append(parent)
+            depths.append(depths[parent] + 1)
+            right.append(right[parent] and not taken and rng.random() < self.p)
+        B = pending.shape[0]
+        truth = jnp.asarray(np.array([(*row, *[0] * 256)[:256] for row in self.truth], np.int32))
+        at = lengths[:, None] + jnp.asarray(depths)[None]
+        known = jnp.take_along_axis(truth, jnp.minimum(at, truth.shape[1] - 1), axis=1)
+        wrong = (known + 1 + jnp.arange(self.num_nodes)[None]) % 97
+        tokens = jnp.where(jnp.asarray(right)[None], known, wrong).astype(jnp.int32).at[:, 0].set(pending)
+
+        def tile(x):
+            return jnp.broadcast_to(jnp.asarray(x, jnp.int32), (B, self.num_nodes))
+
+        return Tree(tokens=tokens, parents=tile(parents), depths=tile(depths))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(
+    "drafter",
+    [None, NgramDrafter(4), NgramDrafter(8), NgramDrafter(16, branches=5), chain(2), chain(8)],
+    ids=["vanilla", "tree4", "tree8", "tree16", "chain2", "chain8"],
+)
+def test_equal_to_vanilla(drafter, batch, vanilla):
+    logs = generate(drafter, PROMPTS, batch=batch)
+    assert [log.new_ids for log in logs] == vanilla
+    for log in logs:
+        assert sum(log.accepted_lengths) == len(log.new_ids) - 1
+
+
+@pytest.mark.parametrize(("num_nodes", "p", "seed"), [(6, 0.8, 0), (9, 0.8, 1), (12, 0.7, 2), (7, 1.0, 3)])
+def test_branches_are_committed_where_they_belong(num_nodes, p, seed, vanilla):
+    """Rows accept different paths through interior branches; every later token still fits."""
+    prompts, truth = PROMPTS[:4], vanilla[:4]
+    full = tuple((*prompt, *new) for prompt, new in zip(prompts, truth, strict=True))
+    logs = generate(Foresight(full, num_nodes, p, seed), prompts, batch=4)
+    assert [log.new_ids for log in logs] == truth
+    lengths = [length for log in logs for length in log.accepted_lengths]
+    assert max(lengths) > 2
+
+
+def test_stop_ids_and_budgets_cut_inside_a_path(vanilla):
+    full = tuple((*prompt, *new) for prompt, new in zip(PROMPTS[:4], vanilla[:4], strict=True))
+    oracle = Foresight(full, 8, 1.0, 0)
+    for stop_ids, max_tokens in (((vanilla[0][5], vanilla[1][9]), 40), ((), 11), ((vanilla[2][0],), 1)):
+        want = [log.new_ids for log in generate(None, PROMPTS[:4], max_tokens=max_tokens, stop_ids=stop_ids)]
+        for drafter, batch in ((oracle, 4), (NgramDrafter(8), 2)):
+            logs = generate(drafter, PROMPTS[:4], batch=batch, max_tokens=max_tokens, stop_ids=stop_ids)
+            assert [log.new_ids for log in logs] == want
+            for log in logs:
+                assert len(log.new_ids) <= max_tokens
+                assert not set(log.new_ids[:-1]) & set(stop_ids)
+    assert len(generate(None, PROMPTS[:1], stop_ids=(vanilla[0][5],))[0].new_ids) <= 6
+
+
+def test_up_to_the_last_position_of_the_context(vanilla):
+    """prompt + answer = context: the tree hangs over the end and nothing is clamped."""
+    prompt = PROMPTS[3]
+    for drafter in (None, NgramDrafter(16), chain(8)):
+        logs = generate(drafter, [prompt], max_tokens=33, context=len(prompt) + 33)
+        assert logs[0].new_ids == vanilla[3][:33]
+
+
+def test_growth_of_the_cache_changes_nothing():
+    long = [np.random.default_rng(9).integers(0, 97, 200).tolist(), PROMPTS[0]]
+    whole = generate(None, long, max_tokens=56, context=256)
+    for drafter in (NgramDrafter(8), chain(4)):
+        logs = generate(drafter, long, batch=2, max_tokens=56, context=256, steps=3)
+        assert [log.new_ids for log in logs] == [log.new_ids for log in whole]
+
+
+def test_half_precision_runs_and_counts_its_differences():
+    """bfloat16 may flip near-ties; a prefix still agrees and every accounting holds."""
+    target = pack(TINY, iter(tiny_llama().items()), jnp.dtype("bfloat16"))
+    plain = generate(None, PROMPTS, target=target)
+    logs = generate(NgramDrafter(8), PROMPTS, target=target, batch=3)
+    same = sum(
+        a == b for p, q in zip(plain, logs, strict=True) for a, b in zip(p.new_ids, q.new_ids, strict=True)
+    )
+    assert same >= 0.5 * sum(len(log.new_ids) for log in plain)
+    for log in logs:
+        assert len(log.new_ids) == 40
+        assert sum(log.accepted_lengths) == 39
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 96, 97, 128, 129, 300])
+def test_chunks_cover_a_prompt(length):
+    plan = chunk_starts(length, (128, 32))
+    assert plan[0][0] == 0
+    assert all(
+        start + width == following for (start, width), (following, _) in zip(plan, plan[1:], strict=False)
+    )
+    assert plan[-1][0] < length <= plan[-1][0] + plan[-1][1]
