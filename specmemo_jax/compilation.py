@@ -23,6 +23,11 @@ def enable_compilation_cache(folder: str | Path | None = None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+def compiler_options(platform: str) -> dict[str, str] | None:
+    """XLA options for the engine's programs; measured in docs/performance-log.md."""
+    return {"xla_cpu_prefer_vector_width": "512"} if platform == "cpu" else None
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

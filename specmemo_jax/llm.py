@@ -213,6 +213,8 @@ class LLM:
         started, first = [0.0] * len(prompts), [0.0] * len(prompts)
         results: list[RequestOutput | None] = [None] * len(prompts)
         slots: list[int | None] = [None] * self.plan.batch
+        for prompt, limit in zip(prompts, limits, strict=True):
+            self.engine.prepare(len(prompt), limit)
         with self._reset_on_error():
             while waiting or any(slot is not None for slot in slots):
                 for row, slot in enumerate(slots):

@@ -21,29 +21,43 @@ def init_cache(num_layers: int, shape: tuple[int, int, int, int], dtype: jnp.dty
     return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(num_layers))
 
 
-def write(cache: KVCache, new: NewKV, starts: Int[Array, " R"], rows: Int[Array, " R"]) -> KVCache:
+def write(
+    cache: KVCache, new: NewKV, starts: Int[Array, " R"], rows: Int[Array, " R"], platform: str
+) -> KVCache:
     """Write ``new`` (a layer's ``(k, v)``, each ``[R, K, T, D]``) into ``rows`` from ``starts`` on, in place.
 
     Needs ``starts + T <= S``: ``dynamic_update_slice`` would clamp the start silently.
     For XLA to do it without copying the cache, ``starts`` must depend on a result of
     every read of the old cache in the same program.
     """
+    put = _put_on_cpu if platform == "cpu" else _put
     return tuple(
-        (_put(k, nk, starts, rows), _put(v, nv, starts, rows))
+        (put(k, nk.astype(k.dtype), starts, rows), put(v, nv.astype(v.dtype), starts, rows))
         for (k, v), (nk, nv) in zip(cache, new, strict=True)
     )
 
 
 def _put(buffer: Array, values: Array, starts: Int[Array, " R"], rows: Int[Array, " R"]) -> Array:
-    # 16-bit floats travel as integers: XLA's CPU backend has no 16-bit float stores and
-    # would convert the whole buffer to float32 and back at each write.
+    slots = starts[:, None] + jnp.arange(values.shape[2])[None, :]
+    moved = values.transpose(0, 2, 1, 3)
+    return buffer.at[rows[:, None], :, slots].set(moved, mode="promise_in_bounds", unique_indices=True)
+
+
+def _put_on_cpu(buffer: Array, values: Array, starts: Int[Array, " R"], rows: Int[Array, " R"]) -> Array:
+    # XLA's CPU backend has no 16-bit float stores and would convert the whole buffer to
+    # float32 and back at each write, so those travel as integers; the loop and the
+    # ``where`` (always true) keep it from computing the write for every slot of the buffer.
     dtype, half = buffer.dtype, buffer.dtype.itemsize == 2
-    values = values.astype(dtype)
-    if half:
-        buffer, values = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (buffer, values))
-    for i in range(values.shape[0]):
-        buffer = jax.lax.dynamic_update_slice(buffer, values[i : i + 1], (rows[i], 0, starts[i], 0))
-    return jax.lax.bitcast_convert_type(buffer, dtype) if half else buffer
+    as_int = (lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16)) if half else (lambda x: x)
+    values = as_int(values)
+
+    def put_row(i: Array, buffer: Array) -> Array:
+        update = jax.lax.dynamic_slice_in_dim(values, i, 1)
+        update = jnp.where(starts[i] >= 0, update, jnp.zeros((), values.dtype))
+        whole = jax.lax.dynamic_update_slice(as_int(buffer), update, (rows[i], 0, starts[i], 0))
+        return jax.lax.bitcast_convert_type(whole, dtype) if half else whole
+
+    return jax.lax.fori_loop(0, values.shape[0], put_row, buffer)
 
 
 def select_row(cache: KVCache, row: Int[Array, ""]) -> KVCache:

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -46,5 +47,6 @@ def rotate(
     x: Float[Array, "B T N D"], cos: Float[Array, "B T D"], sin: Float[Array, "B T D"]
 ) -> Float[Array, "B T N D"]:
     """Turn every head's vector by its position's angles; computed in the dtype of ``x`` (float32 here)."""
-    swapped = jnp.roll(x, x.shape[-1] // 2, axis=-1)
+    halves = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    swapped = jax.lax.rev(halves, (halves.ndim - 2,)).reshape(x.shape)
     return x * cos[:, :, None, :] + swapped * sin[:, :, None, :]

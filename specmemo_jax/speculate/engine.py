@@ -2,16 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specmemo_jax.compilation import compiler_options
 from specmemo_jax.draft.protocol import Drafter
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.packing import Target
-from specmemo_jax.memory.compiled import CompiledMemory, compiled_memory
 from specmemo_jax.memory.plan import MemoryPlan
 from specmemo_jax.speculate.step import EngineState, init_rows, prefill_chunk, speculative_step
 
@@ -28,6 +29,7 @@ class RowLog:
 
     @property
     def new_ids(self) -> list[int]:
+        """What was generated so far."""
         return self.ids[self.num_prompt :]
 
     @property
@@ -37,6 +39,7 @@ class RowLog:
 
     @property
     def finished(self) -> bool:
+        """A stop id ended it, or its budget is spent."""
         return self.stopped or len(self.new_ids) >= self.max_tokens
 
 
@@ -44,15 +47,15 @@ class Engine:
     """B rows that decode together, each at its own length, inside one `MemoryPlan`.
 
     ``drafter=None`` is vanilla decoding on the same path. Rows are admitted into free
-    slots at any time and never look at their neighbours.
+    slots at any time and never look at their neighbours. Programs are compiled when they
+    are first needed, or ahead of time by `prepare`.
     """
 
     def __init__(self, target: Target, drafter: Drafter | None, plan: MemoryPlan):
         self.target, self.drafter, self.plan = target, drafter, plan
         self.rows: list[RowLog | None] = [None] * plan.batch
-        self._prefill = jax.jit(functools.partial(prefill_chunk, target, drafter), donate_argnums=(1,))
-        self._step = jax.jit(functools.partial(speculative_step, target, drafter), donate_argnums=(1,))
         self._state: EngineState | None = None
+        self._programs: dict[tuple[int, int], jax.stages.Compiled] = {}
 
     def close(self) -> None:
         """Free the device state; the engine allocates anew when used again."""
@@ -67,10 +70,6 @@ class Engine:
         """S: cache slots a row has at the moment."""
         return 0 if self._state is None else self._state.cache[0][0].shape[2]
 
-    def abstract_state(self, capacity: int) -> EngineState:
-        """Shapes and dtypes of the device state at ``capacity`` slots, without allocating."""
-        return jax.eval_shape(lambda: self._init_state(capacity))
-
     def _init_state(self, capacity: int) -> EngineState:
         plan, config = self.plan, self.target.config
         shape = (plan.batch, config.num_kv_heads, capacity, config.head_dim)
@@ -81,9 +80,45 @@ class Engine:
             draft=draft,
         )
 
-    def _reserve(self, slots: int) -> EngineState:
-        """The state, with room for ``slots`` a row; on CPU the cache grows through the plan's capacities."""
-        capacity = self.plan.capacity_for(slots)
+    def abstract_state(self, capacity: int) -> EngineState:
+        """Shapes and dtypes of the device state at ``capacity`` slots, without allocating."""
+        return jax.eval_shape(lambda: self._init_state(capacity))
+
+    def step_program(self, capacity: int) -> jax.stages.Compiled:
+        """The speculative step at ``capacity`` slots, compiled from shapes alone: ``f(leaves, state)``."""
+        return self._program(capacity, 0, speculative_step)
+
+    def prefill_program(self, capacity: int, width: int) -> jax.stages.Compiled:
+        """Prefill of ``width`` tokens at ``capacity`` slots, compiled from shapes alone."""
+        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        tokens = jax.ShapeDtypeStruct((1, width), jnp.int32)
+        stops = jax.ShapeDtypeStruct((self.plan.max_stop_ids,), jnp.int32)
+        return self._program(capacity, width, prefill_chunk, tokens, scalar, scalar, scalar, scalar, stops)
+
+    def _program(self, capacity: int, width: int, step: Callable, *inputs: Any) -> jax.stages.Compiled:
+        if (capacity, width) not in self._programs:
+            jitted = jax.jit(functools.partial(step, self.target, self.drafter), donate_argnums=(1,))
+            lowered = jitted.lower(self.target.leaves, self.abstract_state(capacity), *inputs)
+            self._programs[capacity, width] = lowered.compile(compiler_options(self.target.platform))
+        return self._programs[capacity, width]
+
+    def prepare(self, prompt: int, max_tokens: int) -> None:
+        """Compile what a request of these many tokens needs first: its prefill, and its steps up to
+        the next growth of the cache."""
+        self.step_program(self._capacity_for(prompt + 1))
+        if prompt + max_tokens <= self.plan.context:
+            self.step_program(min(self._capacity_for(prompt + max_tokens), 2 * self._capacity_for(prompt + 1)))
+        for _, width in chunk_starts(prompt, self.plan.chunks):
+            self.prefill_program(self._capacity_for(prompt), width)
+
+    def _capacity_for(self, tokens: int) -> int:
+        """Slots a row of so many tokens needs: the plan's next capacity, or what there is if that is more."""
+        slots = max(min(tokens, self.plan.context) + self.plan.slack, self.plan.chunks[0])
+        return max(self.plan.capacity_for(slots), self.capacity)
+
+    def _reserve(self, tokens: int) -> EngineState:
+        """The state, with room for ``tokens`` a row; on CPU the cache grows through the plan's capacities."""
+        capacity = self._capacity_for(tokens)
         if self._state is None:
             self._state = self._init_state(capacity)
         elif capacity > self.capacity:
@@ -98,22 +133,17 @@ class Engine:
         ids = np.asarray(prompt, np.int32)
         stops = np.full((self.plan.max_stop_ids,), -1, np.int32)
         stops[: len(stop_ids)] = stop_ids
-        first = None
+        state, first = self._reserve(len(ids)), None
         for start, width in chunk_starts(len(ids), self.plan.chunks):
-            state = self._reserve(
-                min(max(start + width, len(ids) + self.plan.slack), self.plan.capacities[-1])
-            )
-            start = min(start, len(ids) - 1, self.capacity - width)
+            start = min(start, self.capacity - width)  # the last chunk may not hang over the end
             chunk = ids[start : start + width]
-            count, padded = len(chunk), np.zeros((1, width), np.int32)
-            padded[0, :count] = chunk
-            self._state, first = self._prefill(
-                self.target.leaves,
-                state,
-                padded,
-                *(np.int32(x) for x in (start, count, row, max_tokens)),
-                stops,
-            )
+            padded = np.zeros((1, width), np.int32)
+            padded[0, : len(chunk)] = chunk
+            scalars = [np.int32(x) for x in (start, len(chunk), row, max_tokens)]
+            program = self.prefill_program(self.capacity, width)
+            self._state = None  # donated: a call that fails has eaten it
+            state, first = program(self.target.leaves, state, padded, *scalars, stops)
+            self._state = state
         assert first is not None
         log = RowLog([*map(int, prompt), int(first)], len(ids), max_tokens, tuple(stop_ids))
         self.rows[row] = log
@@ -135,31 +165,19 @@ class Engine:
         left = max(log.max_tokens - len(log.new_ids) for log in live)
         steps = max(1, min(max_steps, -(-left // deepest)))
         longest = max(len(log.ids) for log in live)
-        state = self._reserve(min(longest + steps * deepest, self.plan.context) + self.plan.slack)
+        state = self._reserve(longest + steps * deepest)
+        step = self.step_program(self.capacity)
         emitted = []
+        self._state = None  # donated: a call that fails has eaten it
         for _ in range(steps):
-            state, out = self._step(self.target.leaves, state)
+            state, out = step(self.target.leaves, state)
             emitted.append((out.tokens, out.counts, out.live))
         self._state = state
-        for step in jax.device_get(emitted):
-            for log, tokens, count, took_part in zip(self.rows, *step, strict=True):
+        for result in jax.device_get(emitted):
+            for log, tokens, count, took_part in zip(self.rows, *result, strict=True):
                 if log is not None and took_part:
                     log.ids.extend(tokens[:count].tolist())
                     log.accepted_lengths.append(int(count))
-
-    def step_memory(self, capacity: int) -> CompiledMemory:
-        """XLA's figures for the speculative step at ``capacity`` slots, compiled from shapes alone."""
-        return compiled_memory(self._step.lower(self.target.leaves, self.abstract_state(capacity)).compile())
-
-    def prefill_memory(self, capacity: int, width: int) -> CompiledMemory:
-        """XLA's figures for prefilling ``width`` tokens at ``capacity`` slots."""
-        scalar = jax.ShapeDtypeStruct((), jnp.int32)
-        tokens = jax.ShapeDtypeStruct((1, width), jnp.int32)
-        stops = jax.ShapeDtypeStruct((self.plan.max_stop_ids,), jnp.int32)
-        args = (tokens, scalar, scalar, scalar, scalar, stops)
-        return compiled_memory(
-            self._prefill.lower(self.target.leaves, self.abstract_state(capacity), *args).compile()
-        )
 
 
 def chunk_starts(length: int, chunks: Sequence[int]) -> list[tuple[int, int]]:

@@ -97,7 +97,7 @@ def prefill_chunk(
     last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)
     first = jnp.argmax(logits(model, last, target.platform)[0, 0]).astype(jnp.int32)
     # ``first >= 0`` always; it ties the write to the end of all reads (see kv.write).
-    written = kv.write(state.cache, new, jnp.where(first >= 0, starts, 0), row[None])
+    written = kv.write(state.cache, new, jnp.where(first >= 0, starts, 0), row[None], target.platform)
     left = max_tokens - 1
     rows = state.rows
     rows = Rows(
@@ -138,7 +138,7 @@ def speculative_step(
         new = jax.tree.map(lambda x: jnp.take_along_axis(x, accepted.path[:, None, :, None], axis=2), new)
     # ``counts >= 0`` always; it ties the write to the end of all reads (see kv.write).
     starts = jnp.where(counts >= 0, rows.lengths, 0)
-    cache = kv.write(state.cache, new, starts, jnp.arange(starts.shape[0]))
+    cache = kv.write(state.cache, new, starts, jnp.arange(starts.shape[0]), target.platform)
     draft = state.draft
     if drafter is not None:
         committed = jnp.concatenate([rows.pending[:, None], accepted.emitted[:, :-1]], axis=1)

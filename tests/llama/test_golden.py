@@ -34,7 +34,7 @@ def our_logits(config: LlamaConfig, params, ids, dtype="float32", chunk=None) ->
         causal = jnp.tril(jnp.ones((1, T, T), bool))
         positions = starts[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
         hidden, new = forward(model, cache, tokens, positions, causal, starts, "cpu")
-        return kv.write(cache, new, starts, jnp.zeros((1,), jnp.int32)), logits(model, hidden, "cpu")[0]
+        return kv.write(cache, new, starts, jnp.zeros((1,), jnp.int32), "cpu"), logits(model, hidden, "cpu")[0]
 
     rows = []
     for start in range(0, len(ids), chunk):

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,14 +14,15 @@ from specmemo_jax.llama import kv
 @given(
     starts=st.lists(st.integers(0, 12), min_size=3, max_size=3),
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    platform=st.sampled_from(["cpu", "gpu"]),
     seed=st.integers(0, 9),
 )
-def test_every_row_is_written_at_its_own_start(starts, dtype, seed):
+def test_every_row_is_written_at_its_own_start(starts, dtype, platform, seed):
     rng = np.random.default_rng(seed)
     shape, T = (3, 2, 16, 4), 4
     before = tuple(jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(2))
     new = tuple(jnp.asarray(rng.standard_normal((3, 2, T, 4)), jnp.float32) for _ in range(2))
-    after = kv.write((before,), (new,), jnp.asarray(starts, jnp.int32), jnp.arange(3))[0]
+    after = kv.write((before,), (new,), jnp.asarray(starts, jnp.int32), jnp.arange(3), platform)[0]
     for got, old, add in zip(after, before, new, strict=True):
         want = np.asarray(old).copy()
         for b, start in enumerate(starts):
@@ -31,7 +34,7 @@ def test_every_row_is_written_at_its_own_start(starts, dtype, seed):
 def test_one_row_of_many():
     cache = kv.init_cache(1, (3, 2, 8, 4), jnp.dtype("float32"))
     ones = jnp.ones((1, 2, 2, 4))
-    ((k, _),) = kv.write(cache, ((ones, ones),), jnp.array([5]), jnp.array([1]))
+    ((k, _),) = kv.write(cache, ((ones, ones),), jnp.array([5]), jnp.array([1]), "cpu")
     assert float(k.sum()) == float(k[1, :, 5:7].sum()) == 16
 
 
@@ -42,7 +45,7 @@ def test_a_donated_write_copies_nothing(dtype, batch):
     cache = jax.eval_shape(lambda: kv.init_cache(2, shape, jnp.dtype(dtype)))
     new = tuple((jax.ShapeDtypeStruct((batch, 2, 8, 64), jnp.float32),) * 2 for _ in range(2))
     starts = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    compiled = jax.jit(kv.write, donate_argnums=0).lower(cache, new, starts, starts).compile()
+    compiled = jax.jit(functools.partial(kv.write, platform="cpu"), donate_argnums=0).lower(cache, new, starts, starts).compile()
     memory = compiled.memory_analysis()
     cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes >= cache_bytes
@@ -52,7 +55,7 @@ def test_a_donated_write_copies_nothing(dtype, batch):
 def test_grow_keeps_what_is_there():
     cache = kv.init_cache(2, (1, 2, 4, 2), jnp.dtype("float32"))
     ones = jnp.ones((1, 2, 3, 2))
-    cache = kv.write(cache, ((ones, ones),) * 2, jnp.array([0]), jnp.array([0]))
+    cache = kv.write(cache, ((ones, ones),) * 2, jnp.array([0]), jnp.array([0]), "cpu")
     old = jax.tree.leaves(cache)
     grown = kv.grow(cache, 10)
     for leaf in jax.tree.leaves(grown):

@@ -8,6 +8,7 @@ from specmemo_jax.draft import NgramDrafter
 from specmemo_jax.errors import CapacityError, ConfigError
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.memory.budget import parse_bytes
+from specmemo_jax.memory.compiled import compiled_memory
 from specmemo_jax.memory.plan import make_plan
 from specmemo_jax.speculate.engine import Engine
 from specmemo_jax.testing import TINY, tiny_llama
@@ -27,10 +28,10 @@ def test_plan_against_the_compiler(batch, drafter, dtype):
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert target.num_bytes == plan.weights_bytes
     assert sum(b.bytes for b in plan.buffers) == target.num_bytes + state_bytes
-    step = engine.step_memory(largest)
+    step = compiled_memory(engine.step_program(largest))
     assert step.aliased >= state_bytes
     assert step.peak <= plan.peak_bytes
-    prefill = engine.prefill_memory(largest, plan.chunks[0])
+    prefill = compiled_memory(engine.prefill_program(largest, plan.chunks[0]))
     assert prefill.aliased >= state_bytes
     assert prefill.peak <= plan.peak_bytes
 

@@ -1,0 +1,1 @@
+"""The ``specmemo`` command."""

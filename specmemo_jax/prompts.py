@@ -1,0 +1,154 @@
+"""Prompt files: JSONL, checked whole before a model is loaded."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from specmemo_jax.errors import RequestError
+
+FORMATS = (
+    '{"prompt": "text" or [token ids]}, {"messages": [{"role": ..., "content": ...}, ...]} '
+    'and {"turns": ["first question", ...]} (MT-Bench) work'
+)
+_KINDS = ("turns", "prompt", "messages")
+_LABELS = ("question_id", "category")
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptRecord:
+    """One thing to answer; exactly one of ``text``, ``token_ids`` and ``messages`` is set.
+
+    ``messages`` is the chat before the first answer; ``later_turns`` are the user's texts
+    after it, each answered before the next is asked. ``place`` says where it stands, for
+    error messages; ``line`` is its line, counted from 1, or None outside a file.
+    ``labels`` (question_id, category) are handed on to the answers.
+    """
+
+    id: str | int
+    place: str
+    line: int | None = None
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    messages: tuple[dict[str, str], ...] | None = None
+    later_turns: tuple[str, ...] = ()
+    labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_turns(self) -> int:
+        """Answers that this record asks for."""
+        return 1 + len(self.later_turns)
+
+
+def prompts_from_texts(texts: Iterable[str]) -> list[PromptRecord]:
+    """Records of plain prompts, numbered from 1. Raises RequestError for an empty one."""
+    return [
+        PromptRecord(id=number, place=f"prompt {number}", text=_text(text, f"prompt {number}"))
+        for number, text in enumerate(texts, 1)
+    ]
+
+
+def read_prompts(path: str | Path) -> list[PromptRecord]:
+    """Every record of a JSONL file (``-``: standard input); blank lines are skipped.
+
+    Raises RequestError for a file that cannot be read or holds nothing, and for the first
+    line that is not one of the formats, by its number.
+    """
+    name = "standard input" if str(path) == "-" else str(path)
+    try:
+        raw = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise RequestError(
+            f"cannot read prompts from {name}: {error.strerror}; a JSONL file, or - for standard input, works"
+        ) from error
+    lines = enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)
+    records = [_parse_line(line, name, number) for number, line in lines if line.strip()]
+    if not records:
+        raise RequestError(f"{name} holds no prompts; one JSON object a line is expected: {FORMATS}")
+    return records
+
+
+def _parse_line(line: bytes, name: str, number: int) -> PromptRecord:
+    place = f"{name}, line {number}"
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{place}: not JSON ({error.msg} at column {error.colno}); {FORMATS}") from error
+    except RecursionError as error:
+        raise RequestError(f"{place}: nested too deeply; {FORMATS}") from error
+    if not isinstance(record, dict):
+        raise RequestError(f"{place}: a JSON object is expected, found {_kind(record)}; {FORMATS}")
+    kinds = [kind for kind in _KINDS if kind in record]
+    if len(kinds) != 1:
+        found = " and ".join(kinds) or ", ".join(map(repr, list(record)[:5])) or "no key"
+        raise RequestError(f"{place}: one of prompt, messages, turns is expected, found {found}; {FORMATS}")
+    labels = {key: record[key] for key in _LABELS if key in record}
+    value = record[kinds[0]]
+    parts = {"turns": _from_turns, "prompt": _from_prompt, "messages": _from_messages}[kinds[0]](value, place)
+    return PromptRecord(id=_identity(record, number, place), place=place, line=number, labels=labels, **parts)
+
+
+def _identity(record: Mapping[str, Any], number: int, place: str) -> str | int:
+    for key in ("question_id", "id"):
+        if key in record:
+            if not isinstance(record[key], str | int) or isinstance(record[key], bool):
+                raise RequestError(f"{place}: {key} must be a string or an integer, found {record[key]!r}")
+            return record[key]
+    return number
+
+
+def _from_turns(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, list) or not value:
+        raise RequestError(f'{place}: "turns" must be a list of at least one text, found {_kind(value)}')
+    first, *later = (_text(turn, f"{place}, turn {number}") for number, turn in enumerate(value, 1))
+    return {"messages": ({"role": "user", "content": first},), "later_turns": tuple(later)}
+
+
+def _from_prompt(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, list):
+        return {"text": _text(value, place)}
+    if not value:
+        raise RequestError(f"{place}: the prompt is empty; at least one token id is needed")
+    for token in value:
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise RequestError(f"{place}: the prompt holds {token!r}; a text, or token ids (integers) work")
+    return {"token_ids": tuple(value)}
+
+
+def _from_messages(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, list) or not value:
+        raise RequestError(f'{place}: "messages" must be a list of messages, found {_kind(value)}')
+    messages = []
+    for number, message in enumerate(value, 1):
+        where = f"{place}, message {number}"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise RequestError(
+                f'{where}: {{"role": "user", "content": "..."}} is expected, found {message!r:.60}'
+            )
+        messages.append({"role": message["role"], "content": _text(message.get("content"), where)})
+    if messages[-1]["role"] == "assistant":
+        raise RequestError(f"{place}: the last message is an assistant's; a user's at the end works")
+    return {"messages": tuple(messages)}
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{place}: a text is expected, found {_kind(value)}")
+    if not value.strip():
+        raise RequestError(f"{place}: the prompt is empty; at least one character is needed")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{place}: not valid Unicode at character {error.start}") from error
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", str: "a text", bool: "true or false", type(None): "null"}
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return names.get(type(value), "a number")
