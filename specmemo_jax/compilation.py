@@ -16,14 +16,14 @@ def enable_compilation_cache(folder: str | Path | None = None) -> None:
     and a program compiled for one processor may not run on another.
     """
     if folder is None:
-        if jax.config.jax_compilation_cache_dir is not None:
+        if jax.config.values["jax_compilation_cache_dir"] is not None:
             return
         folder = cache_dir() / "xla" / _processor()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-def compiler_options(platform: str) -> dict[str, str] | None:
+def compiler_options(platform: str) -> dict[str, str | bool] | None:
     """XLA options for the engine's programs; measured in docs/performance-log.md."""
     return {"xla_cpu_prefer_vector_width": "512"} if platform == "cpu" else None
 

@@ -83,8 +83,9 @@ class LLM:
             self.tokenizer, self._no_tokenizer = load_tokenizer(found.path, found.tokenizer_recipe)
         self.config = config
         device = jax.devices()[0]
-        self.drafter = make_drafter(drafter, tree_nodes)
         chosen = jnp.dtype(default_dtype(device) if dtype == "auto" else _dtype(dtype))
+        cheap_nodes = not (device.platform == "cpu" and chosen == jnp.float32)
+        self.drafter = make_drafter(drafter, tree_nodes, cheap_nodes=cheap_nodes)
         self.plan: MemoryPlan = make_plan(
             config,
             dtype=chosen,
@@ -144,7 +145,7 @@ class LLM:
         """Answer one conversation or several, each a list of ``{"role": ..., "content": ...}``."""
         if not messages:
             raise RequestError("an empty conversation: give at least one message")
-        conversations = [messages] if isinstance(messages[0], Mapping) else messages
+        conversations: Sequence[Any] = [messages] if isinstance(messages[0], Mapping) else messages
         ids = [self._require_tokenizer().chat_ids(conversation) for conversation in conversations]
         for place, prompt in enumerate(ids):
             self._check_ids(prompt, place)
@@ -177,7 +178,8 @@ class LLM:
                 or not 0 <= token < self.config.vocab_size
             ):
                 raise RequestError(
-                    f"prompt {place} holds {token!r}; token ids are integers from 0 to {self.config.vocab_size - 1}"
+                    f"prompt {place} holds {token!r}; "
+                    f"token ids are integers from 0 to {self.config.vocab_size - 1}"
                 )
 
     def _params(
@@ -194,8 +196,8 @@ class LLM:
         wanted = 1 if params.max_tokens is None else params.max_tokens
         if len(prompt) + wanted > context:
             raise RequestError(
-                f"prompt {place} has {len(prompt)} tokens and may grow by {wanted}, the context holds {context}: "
-                "shorten it, lower max_tokens"
+                f"prompt {place} has {len(prompt)} tokens and may grow by {wanted}, "
+                f"the context holds {context}: shorten it, lower max_tokens"
                 + (" or raise max_context" if context < self.config.max_context else "")
             )
         return context - len(prompt) if params.max_tokens is None else params.max_tokens
@@ -213,9 +215,9 @@ class LLM:
         started, first = [0.0] * len(prompts), [0.0] * len(prompts)
         results: list[RequestOutput | None] = [None] * len(prompts)
         slots: list[int | None] = [None] * self.plan.batch
-        for prompt, limit in zip(prompts, limits, strict=True):
-            self.engine.prepare(len(prompt), limit)
         with self._reset_on_error():
+            for prompt, limit in zip(prompts, limits, strict=True):
+                self.engine.prepare(len(prompt), limit)
             while waiting or any(slot is not None for slot in slots):
                 for row, slot in enumerate(slots):
                     if slot is None and waiting:

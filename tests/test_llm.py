@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -43,18 +45,14 @@ def test_a_stop_id_ends_the_answer_and_is_kept(llm):
     assert answer.finish_reason == "stop"
 
 
-def test_eos_of_the_config_and_ignore_eos():
-    import dataclasses
-
-    params = tiny_llama()
-    with LLM(TINY, params) as plain:
-        ids = plain.generate(PROMPTS[:1], GREEDY)[0].outputs[0].token_ids
+def test_eos_of_the_config_and_ignore_eos(llm):
+    ids = llm.generate(PROMPTS[:1], GREEDY)[0].outputs[0].token_ids
     config = dataclasses.replace(TINY, eos_token_ids=(ids[4],))
-    with LLM(config, params) as llm:
-        assert llm.eos_ids == (ids[4],)
-        assert llm.generate(PROMPTS[:1], GREEDY)[0].outputs[0].finish_reason == "stop"
+    with LLM(config, tiny_llama(), max_batch=2) as ending:
+        assert ending.eos_ids == (ids[4],)
+        assert ending.generate(PROMPTS[:1], GREEDY)[0].outputs[0].finish_reason == "stop"
         ignoring = SamplingParams(max_tokens=20, ignore_eos=True)
-        assert llm.generate(PROMPTS[:1], ignoring)[0].outputs[0].token_ids == ids
+        assert ending.generate(PROMPTS[:1], ignoring)[0].outputs[0].token_ids == ids
 
 
 def test_max_tokens_none_fills_the_context():

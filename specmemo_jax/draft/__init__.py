@@ -7,10 +7,14 @@ from specmemo_jax.errors import ConfigError
 __all__ = ["Drafter", "NgramDrafter", "make_drafter"]
 
 
-def make_drafter(drafter: Drafter | str | None, tree_nodes: int | None = None) -> Drafter | None:
+def make_drafter(
+    drafter: Drafter | str | None, tree_nodes: int | None = None, *, cheap_nodes: bool = True
+) -> Drafter | None:
     """A drafter from its name; objects pass through, None (also ``"none"``) is plain decoding.
 
-    ``tree_nodes`` is T for the built-in drafters. Raises ConfigError for an unknown name.
+    ``tree_nodes`` is T for the built-in drafters; left open it is 8, or 4 where verifying a
+    node more is not almost free (``cheap_nodes`` False: float32 on CPU, where compute and not
+    memory bounds the products; docs/performance-log.md). Raises ConfigError for an unknown name.
     """
     if drafter is None or drafter == "none":
         return None
@@ -22,4 +26,6 @@ def make_drafter(drafter: Drafter | str | None, tree_nodes: int | None = None) -
         return drafter
     if drafter not in ("auto", "ngram"):
         raise ConfigError(f"drafter {drafter!r} is not known; 'auto', 'ngram' and 'none' are")
-    return NgramDrafter() if tree_nodes is None else NgramDrafter(num_nodes=tree_nodes)
+    if tree_nodes is None:
+        tree_nodes = 8 if cheap_nodes else 4
+    return NgramDrafter(num_nodes=tree_nodes)

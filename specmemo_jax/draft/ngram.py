@@ -47,10 +47,12 @@ class NgramDrafter:
 
     @property
     def max_depth(self) -> int:
+        """One branch may take all the nodes."""
         return self.num_nodes - 1
 
     @property
     def is_chain(self) -> bool:
+        """No second branch is possible."""
         return self.branches == 1 or self.num_nodes == 2
 
     def init(self, batch: int, context: int) -> State:

@@ -19,10 +19,25 @@ class Drafter(Protocol):
     programs. The engine owns the state and donates it.
     """
 
-    name: str
-    num_nodes: int
-    max_depth: int
-    is_chain: bool
+    @property
+    def name(self) -> str:
+        """How it is called in tables and messages."""
+        ...
+
+    @property
+    def num_nodes(self) -> int:
+        """T, root included."""
+        ...
+
+    @property
+    def max_depth(self) -> int:
+        """Levels below the root."""
+        ...
+
+    @property
+    def is_chain(self) -> bool:
+        """Every tree is one path in node order, so that accepted nodes need no gathering."""
+        ...
 
     def init(self, batch: int, context: int) -> State:
         """Allocate the state for ``batch`` rows of at most ``context`` tokens."""

@@ -1,8 +1,8 @@
 """Attention of T new nodes over a row's committed cache and over their own ancestors.
 
 The new nodes' keys and values are not in the cache yet: the cache is only read, and
-the softmax runs over both parts at once. Rejected candidates are therefore never
-written anywhere (`specmemo_jax.speculate.commit` writes the accepted ones).
+the softmax runs over both parts at once. Rejected branches are therefore never written
+anywhere (`specmemo_jax.speculate.step` commits the accepted path through `kv.write`).
 """
 
 import jax

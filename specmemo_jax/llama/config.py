@@ -78,6 +78,7 @@ class LlamaConfig:
 
     @property
     def num_params(self) -> int:
+        """Weights of all tensors together."""
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -219,7 +220,7 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
 
 
 def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling]:
-    """Rope base and scaling from ``rope_parameters`` (transformers 5) or ``rope_theta`` + ``rope_scaling``."""
+    """Rope base and scaling: ``rope_parameters`` (transformers 5), or ``rope_theta`` + ``rope_scaling``."""
     new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
     fields = new if new is not None else old if old is not None else {}
     if not isinstance(fields, Mapping):

@@ -66,7 +66,7 @@ def select_row(cache: KVCache, row: Int[Array, ""]) -> KVCache:
 
 
 def grow(cache: KVCache, capacity: int) -> KVCache:
-    """The same cache with ``capacity`` slots a row, layer by layer; every old layer is freed as soon as copied."""
+    """The same cache with ``capacity`` slots a row, layer by layer; an old layer is freed once copied."""
     grown = []
     for pair in cache:
         S = pair[0].shape[2]

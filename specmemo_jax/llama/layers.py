@@ -51,6 +51,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_size,), dtype), axes=axes[:1]) if bias else None
 
     def __call__(self, x: Float[Array, "B T I"], platform: str) -> Float[Array, "B T O"]:
+        """`matmul` with the weight, plus the bias."""
         y = matmul(x, self.weight[...], platform)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)[None, None]
 
@@ -63,4 +64,5 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+        """Norm over the last axis, float32."""
         return rms_norm(x, self.weight[...], self.eps)

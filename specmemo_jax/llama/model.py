@@ -35,6 +35,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(H, F, dtype, ("hidden", "ffn"), config.mlp_bias)
 
     def __call__(self, x: Float[Array, "B T H"], platform: str) -> Float[Array, "B T H"]:
+        """``down(silu(gate(x)) * up(x))``, float32."""
         gate, up = jnp.split(self.gate_up_proj(x, platform), 2, axis=-1)
         return self.down_proj(jax.nn.silu(gate) * up, platform)
 
@@ -67,6 +68,7 @@ class Llama(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
+        """The weights' dtype."""
         return self.embed_tokens.dtype
 
 

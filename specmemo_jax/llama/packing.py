@@ -16,6 +16,7 @@ from flax import nnx
 from specmemo_jax.errors import WeightsError
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.model import Llama
+from specmemo_jax.memory.devices import Device
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _FUSED_INTO = {part: whole for whole, parts in FUSED.items() for part in parts}
@@ -71,7 +72,7 @@ def pack(
     config: LlamaConfig,
     tensors: Iterable[tuple[str, np.ndarray]],
     dtype: jnp.dtype,
-    device: jax.Device | None = None,
+    device: Device | None = None,
 ) -> Target:
     """Cast and pack a stream of canonical ``(name, array)`` pairs onto ``device``.
 
@@ -96,7 +97,7 @@ def pack(
             )
         seen.add(name)
         key, place = packed_name(name)
-        parts.setdefault(key, {})[place] = np.asarray(array).astype(dtype)
+        parts.setdefault(key, {})[place] = np.asarray(array).astype(dtype, copy=False)
         if sum(part.shape[0] for part in parts[key].values()) == shapes[key].shape[0]:
             ready = parts.pop(key)
             host = ready[0] if len(ready) == 1 else np.concatenate([ready[i] for i in sorted(ready)])

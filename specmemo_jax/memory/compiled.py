@@ -4,6 +4,8 @@ import dataclasses
 
 import jax
 
+from specmemo_jax.errors import CapacityError
+
 
 @dataclasses.dataclass(frozen=True)
 class CompiledMemory:
@@ -25,8 +27,13 @@ class CompiledMemory:
 
 
 def compiled_memory(compiled: jax.stages.Compiled) -> CompiledMemory:
-    """Read ``memory_analysis()`` of a compiled program."""
+    """Read ``memory_analysis()`` of a compiled program. Raises CapacityError where the backend has none."""
     stats = compiled.memory_analysis()
+    if stats is None:
+        raise CapacityError(
+            f"memory figures of a compiled program: {jax.default_backend()!r} gives none; "
+            "cpu and cuda would work"
+        )
     return CompiledMemory(
         arguments=stats.argument_size_in_bytes,
         outputs=stats.output_size_in_bytes,

@@ -112,7 +112,8 @@ def make_plan(
     least = plans[-1]
     assert budget is not None
     raise CapacityError(
-        f"memory_budget {budget / 2**20:.0f} MiB is too small: weights {least.weights_bytes / 2**20:.0f} MiB + "
+        f"memory_budget {budget / 2**20:.0f} MiB is too small: "
+        f"weights {least.weights_bytes / 2**20:.0f} MiB + "
         f"generation {least.generation_bytes / 2**20:.0f} MiB at context {least.context}, batch {batch}; "
         f"{math.ceil(least.peak_bytes / 2**20)} MiB would work"
     )

@@ -1,3 +1,6 @@
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,16 +15,26 @@ from specmemo_jax.speculate.tree import NO_TOKEN
 S = 24
 
 
+@functools.cache
+def program(drafter):
+    """Read and propose, in one compiled program as in the engine."""
+
+    @jax.jit
+    def run(tokens, counts, pending):
+        state = drafter.init(len(tokens), S)
+        state = drafter.observe(state, tokens, jnp.zeros_like(counts), counts)
+        return drafter.propose(state, pending, counts)
+
+    return run
+
+
 def propose(drafter, rows):
     """Trees for token lists, the last token of each pending."""
-    state = drafter.init(len(rows), S)
-    width = max(len(row) for row in rows)
-    tokens = np.zeros((len(rows), width), np.int32)
+    tokens = np.zeros((len(rows), S), np.int32)
     for b, row in enumerate(rows):
         tokens[b, : len(row)] = row
     counts = jnp.array([len(row) - 1 for row in rows])
-    state = drafter.observe(state, jnp.asarray(tokens), jnp.zeros_like(counts), counts)
-    return drafter.propose(state, jnp.array([row[-1] for row in rows]), counts)
+    return program(drafter)(jnp.asarray(tokens), counts, jnp.array([row[-1] for row in rows]))
 
 
 def continuations(row, drafter):

@@ -90,8 +90,14 @@ def test_files_that_are_not_configs(tmp_path, text):
 
 def test_parameters_of_a_known_model():
     """Llama-2-7B has 6,738,415,616 parameters."""
-    raw = {**RAW, "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-           "num_attention_heads": 32}  # fmt: skip
+    raw = {
+        **RAW,
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    }
     assert LlamaConfig.from_dict(raw).num_params == 6_738_415_616
 
 

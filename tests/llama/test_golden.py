@@ -1,5 +1,6 @@
 """Our float32 logits against transformers + torch: committed figures, and live where torch is."""
 
+import functools
 import importlib.util
 import json
 import sys
@@ -13,11 +14,30 @@ import pytest
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.model import forward, logits
-from specmemo_jax.llama.packing import pack
+from specmemo_jax.llama.packing import Target, abstract_model, pack
 from specmemo_jax.testing import tiny_llama
 
 CASES = json.loads((Path(__file__).parent.parent / "data" / "golden_llama.json").read_text())
 ROOT = Path(__file__).parents[2]
+
+
+@functools.cache
+def program(config: LlamaConfig, dtype: str):
+    """One chunk through the model, compiled once a shape whatever the weights."""
+    graph, tree, _ = abstract_model(config, jnp.dtype(dtype))
+    template = Target(config, jnp.dtype(dtype), "cpu", (), graph, tree)
+
+    @jax.jit
+    def run(leaves, cache, tokens, starts):
+        model = template.merge(leaves)
+        T = tokens.shape[1]
+        causal = jnp.tril(jnp.ones((1, T, T), bool))
+        positions = starts[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+        hidden, new = forward(model, cache, tokens, positions, causal, starts, "cpu")
+        cache = kv.write(cache, new, starts, jnp.zeros((1,), jnp.int32), "cpu")
+        return cache, logits(model, hidden, "cpu")[0]
+
+    return run
 
 
 def our_logits(config: LlamaConfig, params, ids, dtype="float32", chunk=None) -> np.ndarray:
@@ -26,20 +46,10 @@ def our_logits(config: LlamaConfig, params, ids, dtype="float32", chunk=None) ->
     chunk = chunk or len(ids)
     shape = (1, config.num_kv_heads, 64, config.head_dim)
     cache = kv.init_cache(config.num_layers, shape, target.dtype)
-
-    @jax.jit
-    def run(leaves, cache, tokens, starts):
-        model = target.merge(leaves)
-        T = tokens.shape[1]
-        causal = jnp.tril(jnp.ones((1, T, T), bool))
-        positions = starts[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-        hidden, new = forward(model, cache, tokens, positions, causal, starts, "cpu")
-        return kv.write(cache, new, starts, jnp.zeros((1,), jnp.int32), "cpu"), logits(model, hidden, "cpu")[0]
-
     rows = []
     for start in range(0, len(ids), chunk):
         tokens = jnp.asarray(ids[start : start + chunk], jnp.int32)[None]
-        cache, out = run(target.leaves, cache, tokens, jnp.full((1,), start, jnp.int32))
+        cache, out = program(config, dtype)(target.leaves, cache, tokens, jnp.full((1,), start, jnp.int32))
         rows.append(np.asarray(out))
     return np.concatenate(rows)
 

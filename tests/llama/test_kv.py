@@ -8,6 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specmemo_jax.llama import kv
+from specmemo_jax.memory.compiled import compiled_memory
+
+write = jax.jit(kv.write, static_argnames="platform")
+
+
+def pair(make):
+    """``(make(), make())``: keys and values."""
+    return make(), make()
 
 
 @settings(max_examples=15, deadline=None)
@@ -20,9 +28,9 @@ from specmemo_jax.llama import kv
 def test_every_row_is_written_at_its_own_start(starts, dtype, platform, seed):
     rng = np.random.default_rng(seed)
     shape, T = (3, 2, 16, 4), 4
-    before = tuple(jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(2))
-    new = tuple(jnp.asarray(rng.standard_normal((3, 2, T, 4)), jnp.float32) for _ in range(2))
-    after = kv.write((before,), (new,), jnp.asarray(starts, jnp.int32), jnp.arange(3), platform)[0]
+    before = pair(lambda: jnp.asarray(rng.standard_normal(shape), dtype))
+    new = pair(lambda: jnp.asarray(rng.standard_normal((3, 2, T, 4)), jnp.float32))
+    after = write((before,), (new,), jnp.asarray(starts, jnp.int32), jnp.arange(3), platform=platform)[0]
     for got, old, add in zip(after, before, new, strict=True):
         want = np.asarray(old).copy()
         for b, start in enumerate(starts):
@@ -45,11 +53,11 @@ def test_a_donated_write_copies_nothing(dtype, batch):
     cache = jax.eval_shape(lambda: kv.init_cache(2, shape, jnp.dtype(dtype)))
     new = tuple((jax.ShapeDtypeStruct((batch, 2, 8, 64), jnp.float32),) * 2 for _ in range(2))
     starts = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    compiled = jax.jit(functools.partial(kv.write, platform="cpu"), donate_argnums=0).lower(cache, new, starts, starts).compile()
-    memory = compiled.memory_analysis()
+    donating = jax.jit(functools.partial(kv.write, platform="cpu"), donate_argnums=0)
+    memory = compiled_memory(donating.lower(cache, new, starts, starts).compile())
     cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-    assert memory.alias_size_in_bytes >= cache_bytes
-    assert memory.temp_size_in_bytes < cache_bytes // 16
+    assert memory.aliased >= cache_bytes
+    assert memory.temporaries < cache_bytes // 16
 
 
 def test_grow_keeps_what_is_there():

@@ -1,6 +1,8 @@
 """Speculative output equals vanilla's, token for token, whatever the drafter, tree and batch."""
 
 import dataclasses
+import functools
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,29 +13,45 @@ from specmemo_jax.draft.ngram import chain
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.memory.buffers import Buffer
 from specmemo_jax.memory.plan import make_plan
-from specmemo_jax.speculate.engine import Engine, chunk_starts
+from specmemo_jax.speculate.engine import Engine, RowLog, chunk_starts
 from specmemo_jax.speculate.tree import Tree
 from specmemo_jax.testing import TINY, tiny_llama
 
-TARGET = pack(TINY, iter(tiny_llama().items()), jnp.dtype("float32"))
 PROMPTS = [np.random.default_rng(i).integers(0, 97, n).tolist() for i, n in enumerate((3, 17, 33, 40, 150))]
 
 
-def generate(drafter, prompts, *, batch=1, max_tokens=40, stop_ids=(), target=TARGET, context=200, steps=8):
-    """All prompts through an engine, slots refilled as they come free; logs in prompt order."""
+@functools.cache
+def target_in(dtype):
+    return pack(TINY, iter(tiny_llama().items()), jnp.dtype(dtype))
+
+
+@functools.cache
+def engine_for(drafter, batch, context, dtype):
+    """One engine for all tests that ask for the same: a closed one keeps its compiled programs."""
+    target = target_in(dtype)
     plan = make_plan(TINY, dtype=target.dtype, platform="cpu", batch=batch, context=context, drafter=drafter)
-    engine = Engine(target, drafter, plan)
-    waiting, slots, logs = list(range(len(prompts))), [None] * batch, {}
-    while waiting or any(s is not None for s in slots):
-        for row in range(batch):
-            if slots[row] is None and waiting:
-                slots[row] = waiting.pop(0)
-                engine.admit(row, prompts[slots[row]], max_tokens, stop_ids)
-        engine.burst(steps)
-        for row in range(batch):
-            if engine.rows[row] is not None and engine.rows[row].finished:
-                logs[slots[row]], slots[row] = engine.release(row), None
-    engine.close()
+    return Engine(target, drafter, plan)
+
+
+def generate(
+    drafter, prompts, *, batch=1, max_tokens=40, stop_ids=(), dtype="float32", context=256, steps=8
+) -> list[RowLog]:
+    """All prompts through an engine, slots refilled as they come free; logs in prompt order."""
+    engine = engine_for(drafter, batch, context, dtype)
+    waiting, logs = list(range(len(prompts))), {}
+    slots: list[int | None] = [None] * batch
+    try:
+        while waiting or any(slot is not None for slot in slots):
+            for row, slot in enumerate(slots):
+                if slot is None and waiting:
+                    slots[row] = place = waiting.pop(0)
+                    engine.admit(row, prompts[place], max_tokens, stop_ids)
+            engine.burst(steps)
+            for row, log in enumerate(engine.rows):
+                if log is not None and log.finished:
+                    logs[slots[row]], slots[row] = engine.release(row), None
+    finally:
+        engine.close()
     return [logs[i] for i in range(len(prompts))]
 
 
@@ -126,36 +144,40 @@ def test_stop_ids_and_budgets_cut_inside_a_path(vanilla):
     oracle = Foresight(full, 8, 1.0, 0)
     for stop_ids, max_tokens in (((vanilla[0][5], vanilla[1][9]), 40), ((), 11), ((vanilla[2][0],), 1)):
         want = [log.new_ids for log in generate(None, PROMPTS[:4], max_tokens=max_tokens, stop_ids=stop_ids)]
-        for drafter, batch in ((oracle, 4), (NgramDrafter(8), 2)):
-            logs = generate(drafter, PROMPTS[:4], batch=batch, max_tokens=max_tokens, stop_ids=stop_ids)
-            assert [log.new_ids for log in logs] == want
+        for drafter, times in ((oracle, 1), (NgramDrafter(8), 2)):  # twice: every slot is filled again
+            prompts = PROMPTS[:4] * times
+            logs = generate(drafter, prompts, batch=4, max_tokens=max_tokens, stop_ids=stop_ids)
+            assert [log.new_ids for log in logs] == want * times
             for log in logs:
                 assert len(log.new_ids) <= max_tokens
                 assert not set(log.new_ids[:-1]) & set(stop_ids)
     assert len(generate(None, PROMPTS[:1], stop_ids=(vanilla[0][5],))[0].new_ids) <= 6
 
 
-def test_up_to_the_last_position_of_the_context(vanilla):
-    """prompt + answer = context: the tree hangs over the end and nothing is clamped."""
+def test_up_to_the_last_position_of_the_context():
+    """prompt + answer = context, without a slot to spare: the tree hangs over the end, nothing is clamped."""
     prompt = PROMPTS[3]
-    for drafter in (None, NgramDrafter(16), chain(8)):
-        logs = generate(drafter, [prompt], max_tokens=33, context=len(prompt) + 33)
-        assert logs[0].new_ids == vanilla[3][:33]
+    (want,) = generate(None, [prompt], max_tokens=TINY.max_context - len(prompt))
+    for drafter in (None, NgramDrafter(16, branches=5), chain(8)):
+        context = 256 - (1 if drafter is None else drafter.max_depth + 1)
+        (log,) = generate(drafter, [prompt], max_tokens=context - len(prompt), context=context)
+        assert engine_for(drafter, 1, context, "float32").plan.capacities == (256,)
+        assert len(log.ids) == context
+        assert log.new_ids == want.new_ids[: len(log.new_ids)]
 
 
 def test_growth_of_the_cache_changes_nothing():
     long = [np.random.default_rng(9).integers(0, 97, 200).tolist(), PROMPTS[0]]
     whole = generate(None, long, max_tokens=56, context=256)
-    for drafter in (NgramDrafter(8), chain(4)):
-        logs = generate(drafter, long, batch=2, max_tokens=56, context=256, steps=3)
+    for drafter in (NgramDrafter(8), chain(8)):
+        logs = generate(drafter, long, batch=4, max_tokens=56, context=256, steps=3)
         assert [log.new_ids for log in logs] == [log.new_ids for log in whole]
 
 
 def test_half_precision_runs_and_counts_its_differences():
     """bfloat16 may flip near-ties; a prefix still agrees and every accounting holds."""
-    target = pack(TINY, iter(tiny_llama().items()), jnp.dtype("bfloat16"))
-    plain = generate(None, PROMPTS, target=target)
-    logs = generate(NgramDrafter(8), PROMPTS, target=target, batch=3)
+    plain = generate(None, PROMPTS, dtype="bfloat16")
+    logs = generate(NgramDrafter(8), PROMPTS, dtype="bfloat16", batch=3)
     same = sum(
         a == b for p, q in zip(plain, logs, strict=True) for a, b in zip(p.new_ids, q.new_ids, strict=True)
     )
@@ -169,7 +191,5 @@ def test_half_precision_runs_and_counts_its_differences():
 def test_chunks_cover_a_prompt(length):
     plan = chunk_starts(length, (128, 32))
     assert plan[0][0] == 0
-    assert all(
-        start + width == following for (start, width), (following, _) in zip(plan, plan[1:], strict=False)
-    )
+    assert all(start + width == following for (start, width), (following, _) in itertools.pairwise(plan))
     assert plan[-1][0] < length <= plan[-1][0] + plan[-1][1]

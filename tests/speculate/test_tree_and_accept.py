@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
@@ -7,6 +8,15 @@ from random_trees import ancestors_of, trees, walk
 from specmemo_jax.speculate.accept import Accepted, accept_greedy
 from specmemo_jax.speculate.step import Rows, cut
 from specmemo_jax.speculate.tree import Tree, ancestor_mask
+
+T = 9
+cut_jitted = jax.jit(cut)
+
+
+@jax.jit
+def verify(tree, choices):
+    mask = ancestor_mask(tree.parents, T - 1)
+    return mask, accept_greedy(tree, mask, choices, T - 1)
 
 
 def padded(rows, T):
@@ -23,13 +33,10 @@ def padded(rows, T):
 @settings(max_examples=60, deadline=None)
 @given(rows=st.lists(trees(), min_size=2, max_size=2), seed=st.integers(0, 10**6))
 def test_mask_and_acceptance_equal_the_plain_walk(rows, seed):
-    T = 9
     tokens, parents, depths = padded(rows, T)
-    mask = np.asarray(ancestor_mask(jnp.asarray(parents), T - 1))
-    np.testing.assert_array_equal(mask, np.stack([ancestors_of(p) for p in parents]))
     choices = np.random.default_rng(seed).integers(0, 5, (2, T)).astype(np.int32)
-    tree = Tree(*(jnp.asarray(x) for x in (tokens, parents, depths)))
-    got = accept_greedy(tree, jnp.asarray(mask), jnp.asarray(choices), T - 1)
+    mask, got = verify(Tree(*(jnp.asarray(x) for x in (tokens, parents, depths))), jnp.asarray(choices))
+    np.testing.assert_array_equal(mask, np.stack([ancestors_of(p) for p in parents]))
     for b in range(2):
         path, emitted = walk(tokens[b], parents[b], choices[b])
         n = len(path)
@@ -57,7 +64,7 @@ def test_a_row_emits_nothing_past_its_stop_or_budget(emitted, count, left, stop_
     accepted = Accepted(
         path=jnp.zeros((1, 6), jnp.int32), emitted=jnp.array([emitted]), counts=jnp.array([count])
     )
-    counts, stopped = cut(accepted, rows)
+    counts, stopped = cut_jitted(accepted, rows)
     said = emitted[: min(count, left)]
     ends = [i for i, token in enumerate(said) if token in stop_ids]
     want = 0 if done else ends[0] + 1 if ends else len(said)

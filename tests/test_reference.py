@@ -1,0 +1,37 @@
+"""The default model's own weights: every answer is transformers' greedy answer, token for token."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from specmemo_jax import LLM, SamplingParams
+from specmemo_jax.draft.ngram import chain
+
+pytestmark = pytest.mark.weights
+
+LINES = (Path(__file__).parent / "data" / "mt_bench_reference.jsonl").read_text().splitlines()
+ROWS = [json.loads(line) for line in LINES]
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"drafter": None}, 6),
+        ({"max_batch": 4}, 40),
+        ({"drafter": "ngram", "tree_nodes": 16}, 6),
+        ({"drafter": chain(8)}, 6),
+    ],
+    ids=["vanilla", "ngram, batch 4", "ngram, 16 nodes", "chain, 8 nodes"],
+)
+def test_answers_are_the_reference_s(options, count):
+    rows = ROWS[:count]
+    assert len(rows) == count
+    with LLM("smollm2-135m-instruct", dtype="float32", max_context=640, **options) as llm:
+        outputs = llm.generate([row["prompt_ids"] for row in rows], SamplingParams(max_tokens=64))
+    for row, output in zip(rows, outputs, strict=True):
+        answer, metrics = output.outputs[0], output.metrics
+        assert list(answer.token_ids) == row["new_ids"], f"question {row['question_id']}, turn {row['turn']}"
+        assert sum(metrics.accepted_lengths) == len(answer.token_ids) - 1
+        if options.get("drafter", "auto") is None:
+            assert set(metrics.accepted_lengths) == {1}
