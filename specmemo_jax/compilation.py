@@ -5,6 +5,7 @@ import platform
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from specmemo_jax.cache import cache_dir
 
@@ -21,6 +22,7 @@ def enable_compilation_cache(folder: str | Path | None = None) -> None:
         folder = cache_dir() / "xla" / _processor()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    compilation_cache.reset_cache()  # JAX looks at the folder once, and may have looked already
 
 
 def compiler_options(platform: str) -> dict[str, str | bool] | None:

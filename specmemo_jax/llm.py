@@ -216,8 +216,8 @@ class LLM:
         results: list[RequestOutput | None] = [None] * len(prompts)
         slots: list[int | None] = [None] * self.plan.batch
         with self._reset_on_error():
-            for prompt, limit in zip(prompts, limits, strict=True):
-                self.engine.prepare(len(prompt), limit)
+            if prompts:
+                self.engine.prepare([len(prompt) for prompt in prompts], max(limits))
             while waiting or any(slot is not None for slot in slots):
                 for row, slot in enumerate(slots):
                     if slot is None and waiting:

@@ -103,22 +103,24 @@ class Engine:
             self._programs[capacity, width] = lowered.compile(compiler_options(self.target.platform))
         return self._programs[capacity, width]
 
-    def prepare(self, prompt: int, max_tokens: int) -> None:
-        """Compile what a request of these many tokens needs first, and run it once, so that its clock
-        does not count it: its prefill, and its steps up to the cache's next growth. No row may be live.
+    def prepare(self, prompts: Sequence[int], max_tokens: int) -> None:
+        """Compile what requests of these prompt lengths need first, and run it once, so that their clocks
+        do not count it: prefill, and steps up to the cache's next growth. No row may be live.
         """
-        state = self._reserve(prompt + 1)
-        widths = {width for _, width in chunk_starts(prompt, self.plan.chunks)}
-        fresh = [width for width in (0, *widths) if (self.capacity, width) not in self._programs]
-        for width in fresh:  # over empty rows, and over row 0 as one that is done at once
+        longest = max(prompts)
+        state, self._state = self._reserve(longest + 1), None
+        capacity = state.cache[0][0].shape[2]
+        widths = {width for length in prompts for _, width in chunk_starts(length, self.plan.chunks)}
+        for width in sorted({0, *widths}):  # over empty rows, and over row 0 as one that is done at once
+            if (capacity, width) in self._programs:
+                continue
             if width == 0:
-                state, _ = self.step_program(self.capacity)(self.target.leaves, state)
+                state, _ = self.step_program(capacity)(self.target.leaves, state)
             else:
                 inputs = _prefill_inputs([0], width, 0, 0, 1, np.full((self.plan.max_stop_ids,), -1))
-                state, _ = self.prefill_program(self.capacity, width)(self.target.leaves, state, *inputs)
+                state, _ = self.prefill_program(capacity, width)(self.target.leaves, state, *inputs)
         self._state = jax.block_until_ready(state)
-        if prompt + max_tokens <= self.plan.context:
-            self.step_program(min(self._capacity_for(prompt + max_tokens), 2 * self.capacity))
+        self.step_program(min(self._capacity_for(longest + max_tokens), 2 * capacity))
 
     def _capacity_for(self, tokens: int) -> int:
         """Slots a row of so many tokens needs: the plan's next capacity, or what there is if that is more."""
