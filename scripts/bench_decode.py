@@ -152,7 +152,7 @@ def torch_run(
 
 def _torch_worker(pipe: Any, path: Path, dtype: str, prompts: list[list[int]], new_tokens: int) -> None:
     """Answer once for each message; prefill is timed apart and taken off."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     from transformers import LlamaConfig, LlamaForCausalLM
 
     checkpoint = open_checkpoint(path)

@@ -60,9 +60,7 @@ def main() -> int:
                 ) as llm,
                 tqdm(total=len(rows), disable=None, leave=False) as bar,
             ):
-                outputs = llm.generate(
-                    prompts, SamplingParams(max_tokens=64), progress=lambda _: bar.update()
-                )
+                outputs = llm.generate(prompts, SamplingParams(max_tokens=64), progress=partial(advance, bar))
             wrong = [i for i, o in enumerate(outputs) if list(o.outputs[0].token_ids) != rows[i]["new_ids"]]
             steps = sum(o.metrics.steps for o in outputs)
             tokens = sum(sum(o.metrics.accepted_lengths) for o in outputs)

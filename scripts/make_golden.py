@@ -56,7 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def torch_logits(raw: dict[str, Any], params: dict[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
     """Float32 logits ``[T, V]`` of transformers' LlamaForCausalLM on canonical ``params``."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     from transformers import LlamaConfig as TorchConfig
     from transformers import LlamaForCausalLM
 
