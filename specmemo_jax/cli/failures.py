@@ -28,7 +28,9 @@ class OneLineErrors(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command; see the class."""
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # here, where a reader that went away or a full disk is an error like others
+            return result
         except KeyboardInterrupt:
             _report("specmemo: interrupted", ctx.params.get("debug", False))
             raise typer.Exit(INTERRUPTED) from None
