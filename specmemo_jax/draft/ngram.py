@@ -7,7 +7,6 @@ matches, longest first and then latest, become branches of a small tree. No weig
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
@@ -147,6 +146,3 @@ def _nodes_ahead(W: int, D: int, decay: float, branch_decay: float) -> np.ndarra
 def chain(num_nodes: int = 8, max_ngram: int = 4) -> NgramDrafter:
     """Prompt lookup without branches."""
     return NgramDrafter(num_nodes=num_nodes, branches=1, max_ngram=max_ngram)
-
-
-jax.tree_util.register_static(NgramDrafter)

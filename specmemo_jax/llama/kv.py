@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 Leaf = Any  # an array, or what JAX puts in its place when a state is described and not allocated
 KVCache = tuple[tuple[Leaf, Leaf], ...]
 NewKV = tuple[tuple[Array, Array], ...]
+# Logical axes of each buffer, as parameters carry theirs in their metadata.
 KV_AXES = ("batch", "kv_heads", "context", "head_dim")
 
 
