@@ -72,11 +72,6 @@ class LlamaConfig:
                 raise ConfigError(f"{field} must be a positive number, found {value!r}")
 
     @property
-    def group_size(self) -> int:
-        """G: query heads that share one KV head."""
-        return self.num_heads // self.num_kv_heads
-
-    @property
     def num_params(self) -> int:
         """Weights of all tensors together."""
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())

@@ -61,11 +61,6 @@ def _put_on_cpu(buffer: Array, values: Array, starts: Int[Array, " R"], rows: In
     return jax.lax.fori_loop(0, values.shape[0], put_row, buffer)
 
 
-def select_row(cache: KVCache, row: Int[Array, ""]) -> KVCache:
-    """One row of every layer, ``[1, K, S, D]``."""
-    return jax.tree.map(lambda buffer: jax.lax.dynamic_slice_in_dim(buffer, row, 1), cache)
-
-
 def grow(cache: KVCache, capacity: int) -> KVCache:
     """The same cache with ``capacity`` slots a row, layer by layer; an old layer is freed once copied."""
     grown = []

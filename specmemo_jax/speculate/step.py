@@ -89,7 +89,7 @@ def prefill_chunk(
     model = target.merge(leaves)
     C = tokens.shape[1]
     starts = start[None]
-    cache = state.cache if state.rows.lengths.shape[0] == 1 else kv.select_row(state.cache, row)
+    cache = state.cache if state.rows.lengths.shape[0] == 1 else select_row(state.cache, row)
     causal = jnp.tril(jnp.ones((1, C, C), bool))
     hidden, new = forward(
         model, cache, tokens, starts[:, None] + jnp.arange(C)[None, :], causal, starts, target.platform
