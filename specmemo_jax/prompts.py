@@ -1,6 +1,7 @@
-"""Prompt files: JSONL, checked whole before a model is loaded."""
+"""Prompts from texts, text files and JSONL, checked whole before a model is loaded."""
 
 import dataclasses
+import errno
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,8 @@ FORMATS = (
 )
 _KINDS = ("turns", "prompt", "messages")
 _LABELS = ("question_id", "category")
+_BOM = b"\xef\xbb\xbf"
+STDIN = "-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,8 @@ class PromptRecord:
     ``messages`` is the chat before the first answer; ``later_turns`` are the user's texts
     after it, each answered before the next is asked. ``place`` says where it stands, for
     error messages; ``line`` is its line, counted from 1, or None outside a file.
-    ``labels`` (question_id, category) are handed on to the answers.
+    ``labels`` (question_id, category) are handed on to the answers. ``params`` are the line's
+    own sampling parameters by name, still to be checked against `SamplingParams`.
     """
 
     id: str | int
@@ -35,6 +39,7 @@ class PromptRecord:
     messages: tuple[dict[str, str], ...] | None = None
     later_turns: tuple[str, ...] = ()
     labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def num_turns(self) -> int:
@@ -43,10 +48,27 @@ class PromptRecord:
 
 
 def prompts_from_texts(texts: Iterable[str]) -> list[PromptRecord]:
-    """Records of plain prompts, numbered from 1. Raises RequestError for an empty one."""
+    """Records of plain prompts, numbered from 1; ``-`` is the text on standard input.
+
+    Raises RequestError for an empty one.
+    """
+    records = []
+    for number, text in enumerate(texts, 1):
+        from_stdin = text == STDIN
+        place = _name(STDIN) if from_stdin else f"prompt {number}"
+        prompt = _text(_read_text(STDIN) if from_stdin else text, place)
+        records.append(PromptRecord(id=number, place=place, text=prompt))
+    return records
+
+
+def prompts_from_files(paths: Iterable[str | Path]) -> list[PromptRecord]:
+    """One record a text file (``-``: standard input), by the path as given; its last line break is left out.
+
+    Raises RequestError for a file that is missing, empty, or not UTF-8 text.
+    """
     return [
-        PromptRecord(id=number, place=f"prompt {number}", text=_text(text, f"prompt {number}"))
-        for number, text in enumerate(texts, 1)
+        PromptRecord(id=str(path), place=_name(path), text=_text(_read_text(path), _name(path)))
+        for path in paths
     ]
 
 
@@ -56,18 +78,48 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
     Raises RequestError for a file that cannot be read or holds nothing, and for the first
     line that is not one of the formats, by its number.
     """
-    name = "standard input" if str(path) == "-" else str(path)
-    try:
-        raw = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise RequestError(
-            f"cannot read prompts from {name}: {error.strerror}; a JSONL file, or - for standard input, works"
-        ) from error
-    lines = enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)
+    name = _name(path)
+    lines = enumerate(_read(path, "a JSONL file").split(b"\n"), 1)
     records = [_parse_line(line, name, number) for number, line in lines if line.strip()]
     if not records:
         raise RequestError(f"{name} holds no prompts; one JSON object a line is expected: {FORMATS}")
     return records
+
+
+def _name(path: str | Path) -> str:
+    return "standard input" if str(path) == STDIN else str(path)
+
+
+def _read(path: str | Path, wanted: str) -> bytes:
+    """The bytes of a file or of standard input, without a byte order mark."""
+    try:
+        if str(path) != STDIN:
+            raw = Path(path).read_bytes()
+        elif sys.stdin is None:
+            raise OSError(errno.EBADF, "it is closed")
+        else:
+            raw = sys.stdin.buffer.read()
+    except OSError as error:
+        raise RequestError(
+            f"cannot read prompts from {_name(path)}: {error.strerror}; "
+            f"{wanted}, or - for standard input, works"
+        ) from error
+    return raw.removeprefix(_BOM)
+
+
+def _read_text(path: str | Path) -> str:
+    raw = _read(path, "a text file")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{_name(path)}: not UTF-8 text ({error.reason} at byte {error.start}); a UTF-8 text file works"
+        ) from error
+    if "\0" in text:
+        raise RequestError(
+            f"{_name(path)}: not text (a zero at character {text.index(chr(0))}); a UTF-8 text file works"
+        )
+    return text.removesuffix("\n").removesuffix("\r")  # the editor's, or echo's
 
 
 def _parse_line(line: bytes, name: str, number: int) -> PromptRecord:
@@ -89,7 +141,25 @@ def _parse_line(line: bytes, name: str, number: int) -> PromptRecord:
     labels = {key: record[key] for key in _LABELS if key in record}
     value = record[kinds[0]]
     parts = {"turns": _from_turns, "prompt": _from_prompt, "messages": _from_messages}[kinds[0]](value, place)
-    return PromptRecord(id=_identity(record, number, place), place=place, line=number, labels=labels, **parts)
+    return PromptRecord(
+        id=_identity(record, number, place),
+        place=place,
+        line=number,
+        labels=labels,
+        params=_params(record.get("params"), place),
+        **parts,
+    )
+
+
+def _params(value: Any, place: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise RequestError(
+            f'{place}: "params" must be an object, such as {{"temperature": 0.7, "seed": 3}}, '
+            f"found {_kind(value)}"
+        )
+    return value
 
 
 def _identity(record: Mapping[str, Any], number: int, place: str) -> str | int:

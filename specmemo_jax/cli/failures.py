@@ -1,12 +1,16 @@
 """Every failure as one line, and libraries kept quiet."""
 
+import _thread
 import errno
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
@@ -25,24 +29,63 @@ class OneLineErrors(TyperGroup):
     errors stay typer's (2). With ``--debug`` a traceback comes before the line.
     """
 
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        """Read the group's own options; --install-completion acts here."""
+        with _one_line("--debug" in args):
+            return super().make_context(info_name, args, *rest, **extra)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command; see the class."""
-        try:
+        with _one_line(ctx.params.get("debug", False)), _interrupts_come_back():
             result = super().invoke(ctx)
             sys.stdout.flush()  # here, where a reader that went away or a full disk is an error like others
             return result
-        except KeyboardInterrupt:
-            _report("specmemo: interrupted", ctx.params.get("debug", False))
-            raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            drop_standard_output()
-            raise typer.Exit(BROKEN_PIPE) from None
-        except Exception as error:
-            if isinstance(error, typer.Abort) or hasattr(error, "exit_code"):  # typer's own
-                raise
-            _report(f"specmemo: error: {describe(error)}", ctx.params.get("debug", False))
-            drop_standard_output_if_broken()
-            raise typer.Exit(1) from None
+
+
+@contextmanager
+def _one_line(debug: bool) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        _report("specmemo: interrupted", debug)
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        drop_standard_output()
+        raise typer.Exit(BROKEN_PIPE) from None
+    except Exception as error:
+        if isinstance(error, typer.Abort) or hasattr(error, "exit_code"):  # typer's own
+            raise
+        _report(f"specmemo: error: {describe(error)}", debug)
+        drop_standard_output_if_broken()
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def _interrupts_come_back() -> Iterator[None]:
+    """Send a Ctrl-C again that Python dropped: it does so in a callback of its collector, and JAX has one."""
+    before = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            before(dropped)
+            return
+        later = threading.Timer(0.05, _interrupt_main_thread)  # when the callback is over
+        later.daemon = True
+        later.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _interrupt_main_thread() -> None:
+    main = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main is not None:
+        signal.pthread_kill(main, signal.SIGINT)  # wakes it where it waits, too
+    else:
+        _thread.interrupt_main()
 
 
 def describe(error: BaseException) -> str:

@@ -1,136 +1,132 @@
-"""``specmemo generate``: prompts from arguments or JSONL, answers as text or JSONL."""
+"""``specmemo generate``: prompts in, answers out."""
 
 import json
-import os
 import sys
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import typer
 
+from specmemo_jax.cli import options
+from specmemo_jax.cli.inputs import gather
 from specmemo_jax.cli.sink import Sink
-from specmemo_jax.prompts import PromptRecord, prompts_from_texts, read_prompts
 
-if TYPE_CHECKING:
-    from specmemo_jax.outputs import RequestOutput
+EPILOG = """Examples:
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
-
-
-class Dtype(StrEnum):
-    """What the weights and the cache are held in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Format(StrEnum):
-    """How answers are written."""
-
-    auto = "auto"
-    text = "text"
-    jsonl = "jsonl"
+\b
+specmemo generate "Why is the sky blue?"
+cat question.txt | specmemo generate --temperature 0.7 --seed 1
+specmemo generate --prompts question.jsonl --output answers.jsonl --max-batch 4
+"""
 
 
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to answer.")] = None,
-    model: Annotated[
-        str,
-        typer.Option("--model", "-m", metavar="NAME", help="A zoo name, folder, .gguf file or hub id."),
-    ] = DEFAULT_MODEL,
-    prompts_file: Annotated[
-        str | None,
-        typer.Option("--prompts", "-p", metavar="FILE", help="JSONL; - is standard input."),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Answer only the first N of the file.")
-    ] = None,
-    drafter: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, ngram, or none for plain decoding.")
-    ] = "auto",
-    tree_nodes: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Tokens proposed a step, root included.")
-    ] = None,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-n", min=1, metavar="N", help="Most new tokens an answer.")
-    ] = 256,
-    max_batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts decoded together.")] = 1,
-    max_context: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Most tokens, prompt and answer; default: what fits."),
-    ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Number format.")] = Dtype.auto,
-    memory_budget: Annotated[
-        str | None, typer.Option(metavar="BYTES", help="Device memory to stay under, such as 1GiB.")
-    ] = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--raw", help="Texts as chat messages, or as they are; default: chat if it can."),
-    ] = None,
-    stop_token_id: Annotated[
-        list[int] | None, typer.Option(min=0, metavar="ID", help="Also end at this id; repeatable.")
-    ] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's own end.")] = False,
-    output: Annotated[
-        str | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Instead of standard output."),
-    ] = None,
-    style: Annotated[
-        Format, typer.Option("--format", help="auto: text for arguments on a terminal, else jsonl.")
-    ] = Format.auto,
+    prompts: options.Prompts = None,
+    files: options.Files = None,
+    prompts_file: options.PromptsFile = None,
+    limit: options.Limit = None,
+    chat: options.Chat = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    presence_penalty: options.PresencePenalty = 0.0,
+    frequency_penalty: options.FrequencyPenalty = 0.0,
+    bad_words: options.BadWords = None,
+    seed: options.Seed = None,
+    max_tokens: options.MaxTokens = 256,
+    min_tokens: options.MinTokens = 0,
+    stop: options.Stop = None,
+    stop_token_ids: options.StopTokenIds = None,
+    ignore_eos: options.IgnoreEos = False,
+    model: options.Model = options.DEFAULT_MODEL,
+    drafter: options.Drafter = "auto",
+    tree_nodes: options.TreeNodes = None,
+    max_batch: options.MaxBatch = 1,
+    max_context: options.MaxContext = None,
+    memory_budget: options.MemoryBudget = None,
+    dtype: options.NumberFormat = options.Dtype.auto,
+    output: options.Output = None,
+    style: options.Style = options.Format.auto,
+    stream: options.Stream = None,
 ) -> None:
-    """Answer prompts given as arguments or in a JSONL file.
+    """Answer one prompt or many.
 
-    A line of the file is {"prompt": "text"}, {"prompt": [token ids]}, {"messages": [...]}
-    or {"turns": [...]} (MT-Bench's question.jsonl as it is: turns are answered in order).
-    One JSON object is written an answer, as soon as it is finished.
+    Prompts are arguments, text files, a text on standard input, or JSONL. A line of JSONL is
+    {"prompt": "text"}, {"prompt": [token ids]}, {"messages": [...]} or {"turns": [...]} (MT-Bench's
+    question.jsonl as it is: turns are answered in order). With "params": {"temperature": 0.7, "stop":
+    ["END"]} it has its own sampling parameters, named as in SamplingParams. Of a text file and of
+    standard input the last line break is left out. As jsonl, one object is written an answer, as soon as
+    it is finished.
     """
-    records = _records(prompts, prompts_file, output)[:limit]
+    if stream:
+        _refuse_stream(style, max_batch, output)
+    records = gather(prompts, files, prompts_file, output)[:limit]
+    sampling = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "bad_words": bad_words,
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "min_tokens": min_tokens,
+        "stop": stop,
+        "stop_token_ids": stop_token_ids,
+        "ignore_eos": ignore_eos,
+    }
+
+    from specmemo_jax.cli.sampling import turn_params
+
+    params = turn_params(records, sampling)
     with Sink(output) as sink:
-        as_text = style is Format.text or (style is Format.auto and bool(prompts) and sink.is_terminal)
-        from specmemo_jax.cli.answers import answer, row
+        on_screen = sink.is_terminal and prompts_file is None
+        as_text = style is options.Format.text or (style is options.Format.auto and (stream or on_screen))
+        if stream is None:
+            stream = bool(as_text and sink.is_terminal and max_batch == 1)
+
+        from specmemo_jax.cli import rows
+        from specmemo_jax.cli.answers import Answer, answer
+        from specmemo_jax.cli.streaming import stream_answers
         from specmemo_jax.llm import LLM
-        from specmemo_jax.outputs import SamplingParams
 
-        params = SamplingParams(
-            max_tokens=max_tokens, stop_token_ids=tuple(stop_token_id or ()), ignore_eos=ignore_eos
-        )
-        with (
-            LLM(
-                model,
-                drafter=None if drafter == "none" else drafter,
-                tree_nodes=tree_nodes,
-                memory_budget=memory_budget,
-                dtype=dtype.value,
-                max_context=max_context,
-                max_batch=max_batch,
-            ) as llm,
-            _bar(sum(record.num_turns for record in records), sink) as bar,
-        ):
+        with LLM(
+            model,
+            drafter=drafter,
+            tree_nodes=tree_nodes,
+            memory_budget=memory_budget,
+            dtype=dtype.value,
+            max_context=max_context,
+            max_batch=max_batch,
+        ) as llm:
+            if stream:
+                stream_answers(llm, records, params, sink, chat=chat)
+                return
+            with _bar(sum(map(len, params)), sink) as bar:
 
-            def emit(record: PromptRecord, turn: int, output: "RequestOutput") -> None:
-                if as_text:
-                    sink.write(_as_text(record, turn, output, headed=len(records) > 1))
-                else:
-                    sink.write(json.dumps(row(record, turn, output), ensure_ascii=False) + "\n")
-                bar.update()
+                def emit(answer: Answer) -> None:
+                    if as_text:
+                        sink.write(rows.as_text(answer, headed=len(records) > 1))
+                    else:
+                        sink.write(json.dumps(rows.row(answer), ensure_ascii=False) + "\n")
+                    bar.update()
 
-            answer(llm, records, params, emit, chat=chat)
+                answer(llm, records, params, emit, chat=chat)
 
 
-def _records(prompts: list[str] | None, file: str | None, output: str | None) -> list[PromptRecord]:
-    if bool(prompts) == (file is not None):
-        raise typer.BadParameter(
-            "give prompts either as arguments or with --prompts FILE (- is standard input)"
-        )
-    if prompts:
-        return prompts_from_texts(prompts)
-    assert file is not None
-    if output and os.path.exists(output) and os.path.exists(file) and os.path.samefile(output, file):
-        raise typer.BadParameter(f"--output {output} is the prompts file itself; another file works")
-    return read_prompts(file)
+def _refuse_stream(style: options.Format, max_batch: int, output: str | None) -> None:
+    for found, works in (
+        (style is options.Format.jsonl and "--format jsonl", "--format text"),
+        (max_batch > 1 and f"--max-batch {max_batch}", "--max-batch 1"),
+        (output not in (None, "-") and f"--output {output}", "a redirection (>)"),
+    ):
+        if found:
+            raise typer.BadParameter(
+                f"--stream shows one answer at a time as text, found {found}; {works} works"
+            )
 
 
 def _bar(total: int, sink: Sink) -> Any:
@@ -139,13 +135,3 @@ def _bar(total: int, sink: Sink) -> Any:
 
     hidden = sink.is_terminal or not sys.stderr.isatty()
     return tqdm(total=total, unit="answer", file=sys.stderr, disable=hidden, dynamic_ncols=True)
-
-
-def _as_text(record: PromptRecord, turn: int, output: "RequestOutput", *, headed: bool) -> str:
-    answer, metrics = output.outputs[0], output.metrics
-    head = f"--- {record.id}" + (f", turn {turn}" if record.num_turns > 1 else "") + "\n"
-    tail = (
-        f"[{len(answer.token_ids)} tokens, {answer.finish_reason}; {metrics.tokens_per_second:.1f} tokens/s, "
-        f"{metrics.mean_accepted_length:.2f} tokens a step]"
-    )
-    return (head if headed or record.num_turns > 1 else "") + answer.text.strip() + "\n" + tail + "\n"

@@ -7,19 +7,19 @@ import typer
 from specmemo_jax import __version__
 from specmemo_jax.cli import generate, models
 from specmemo_jax.cli.failures import OneLineErrors, quiet_libraries
+from specmemo_jax.cli.help import GroupedHelp
 
 app = typer.Typer(
     name="specmemo",
     cls=OneLineErrors,
     help="Exact speculative decoding in JAX, within a memory plan.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("generate")(generate.generate)
-app.command("pull")(models.pull)
-app.command("list")(models.list_models)
+app.command("generate", cls=GroupedHelp, epilog=generate.EPILOG)(generate.generate)
+app.command("pull", cls=GroupedHelp)(models.pull)
+app.command("list", cls=GroupedHelp)(models.list_models)
 
 
 def _show_version(wanted: bool) -> bool:

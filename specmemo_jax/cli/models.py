@@ -1,12 +1,21 @@
 """``specmemo pull`` and ``specmemo list``: what models there are and fetching them."""
 
+import dataclasses
+import json
 from typing import Annotated
 
 import typer
 
+from specmemo_jax.cli.completion import complete_pull
+
 
 def pull(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A zoo name (specmemo list) or a hub id.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="A zoo name (specmemo list) or a hub id.", autocompletion=complete_pull
+        ),
+    ],
     verify: Annotated[bool, typer.Option("--verify", help="Check the sha256 of what is there.")] = False,
 ) -> None:
     """Fetch a model and print where it lies.
@@ -18,21 +27,38 @@ def pull(
     print(fetch(name, verify=verify))
 
 
-def list_models() -> None:
+def list_models(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON array, sizes in bytes, for scripts.")
+    ] = False,
+) -> None:
     """List the models known by name.
 
-    Weights are here, not pulled yet, or not known to the zoo (config only: for planning).
+    And the Llamas in the Hugging Face hub's cache. Weights are here, not pulled (generate and pull fetch
+    them), not known (config only, for planning), or unusable (incomplete or quantised).
     """
-    from specmemo_jax.weights import zoo_names
+    from specmemo_jax.cli.inventory import inventory
 
-    rows = [("name", "parameters", "weights", "licence")]
-    for entry in zoo_names():
-        state = "config only" if entry.config_only else "here" if entry.is_cached else "not pulled"
-        rows.append((entry.name, _count(entry.config.num_params), state, entry.license))
+    models = inventory()
+    if as_json:
+        print(json.dumps([dataclasses.asdict(model) for model in models], ensure_ascii=False, indent=2))
+        return
+    rows = [("name", "parameters", "weights", "on disk", "to fetch", "licence")]
+    for model in models:
+        sizes = _bytes(model.disk_bytes), _bytes(model.download_bytes)
+        rows.append((model.name, _count(model.parameters), model.state, *sizes, model.license or "-"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for cells in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
 
 
-def _count(parameters: int) -> str:
+def _count(parameters: int | None) -> str:
+    if parameters is None:
+        return "-"
     return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
+
+
+def _bytes(size: int | None) -> str:
+    if size is None:
+        return "-"
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -1,10 +1,14 @@
 """Where answers are written: whole rows, each on disk before the next one starts."""
 
 import os
+import signal
 import stat
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from specmemo_jax.errors import SpecMemoError
@@ -19,7 +23,8 @@ class Sink:
 
     The file is opened at once, so that a bad path is refused before any work, and an
     existing one is emptied only by the first row. A row that does not fit on the disk
-    is taken back, so that every line stays whole.
+    is taken back, so that every line stays whole. Pieces of a row that an error or Ctrl-C
+    cut short stay, and the line ends after them.
     """
 
     def __init__(self, path: str | None):
@@ -27,6 +32,7 @@ class Sink:
         self.path = None if path in (None, "-") else Path(str(path)).expanduser()
         self.name = "standard output" if self.path is None else str(self.path)
         self._is_new = self.path is not None and not self.path.exists()
+        self._is_emptied = self._is_in_line = False
         self._stream = self._open()
 
     def _open(self) -> Any:
@@ -45,9 +51,21 @@ class Sink:
         return self.path is None and sys.stdout.isatty()
 
     def write(self, row: str) -> None:
-        """Write and flush one row, newline included. Raises OutputError, or BrokenPipeError."""
+        """Write and flush one row, newline included, whole also when Ctrl-C comes meanwhile.
+
+        Raises OutputError, or BrokenPipeError.
+        """
+        with _interrupts_wait():
+            self.write_part(row)
+            self.rows += 1
+
+    def write_part(self, text: str) -> None:
+        """Write and flush a piece of a row, which `write` ends. Raises OutputError, or BrokenPipeError."""
+        if not text:
+            return
+        self._is_in_line = not text.endswith("\n")
         try:
-            self._write(row.encode("utf-8"))
+            self._write(text.encode("utf-8"))
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -55,7 +73,6 @@ class Sink:
                 f"cannot write to {self.name}: {error.strerror}; {self.rows} answers are there, "
                 "free space or another --output works"
             ) from error
-        self.rows += 1
 
     def _write(self, data: bytes) -> None:
         if self.path is None:
@@ -64,13 +81,14 @@ class Sink:
             return
         descriptor = self._stream.fileno()
         regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
-        if regular and self.rows == 0:
+        if regular and not self._is_emptied:
             os.ftruncate(descriptor, 0)
+            self._is_emptied = True
         start = os.fstat(descriptor).st_size
         try:
             while data:
                 data = data[os.write(descriptor, data) :]
-        except OSError:
+        except BaseException:
             if regular:
                 os.ftruncate(descriptor, start)
             raise
@@ -81,8 +99,33 @@ class Sink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._is_in_line and not isinstance(error, OSError):
+            self.write_part("\n")
         if self.path is None:
             return
         self._stream.close()
         if self._is_new and not self.rows and self.path.is_file():
             self.path.unlink()
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Put Ctrl-C off until the block is done; a second one ends a write that hangs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = False
+
+    def note(signal_number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        if came:
+            raise KeyboardInterrupt
+        came = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt

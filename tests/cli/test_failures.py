@@ -1,4 +1,7 @@
 import errno
+import signal
+import sys
+import time
 
 import pytest
 import typer
@@ -55,11 +58,55 @@ def test_signals_have_their_exit_codes(error, code):
     assert "Traceback" not in result.stderr
 
 
+def test_ctrl_c_is_not_lost_in_a_callback():
+    class InCallback:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    app = typer.Typer(cls=OneLineErrors)
+
+    @app.callback()
+    def options() -> None:
+        pass
+
+    @app.command()
+    def work() -> None:
+        InCallback()
+        time.sleep(20)
+
+    before = sys.unraisablehook
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = CliRunner().invoke(app, ["work"])
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert result.exit_code == 130
+    assert result.stderr == "specmemo: interrupted\n"
+    assert sys.unraisablehook is before
+
+
 @pytest.mark.parametrize("error", [typer.Exit(7), typer.BadParameter("no"), typer.Abort()])
 def test_typer_keeps_its_own(error):
     result = run(error)
     assert "specmemo: error" not in result.stderr
     assert result.exit_code == {typer.Exit: 7, typer.BadParameter: 2, typer.Abort: 1}[type(error)]
+
+
+def test_the_groups_own_options_fail_in_one_line_too():
+    app = typer.Typer(cls=OneLineErrors)
+
+    @app.callback()
+    def options(broken: bool = typer.Option(False, callback=lambda value: 1 / 0 if value else value)) -> None:
+        pass
+
+    @app.command()
+    def work() -> None:
+        pass
+
+    result = CliRunner().invoke(app, ["--broken", "work"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("specmemo: error: internal: ZeroDivisionError")
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_full_disk_says_what_works():

@@ -1,5 +1,6 @@
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ from specmemo_jax import LLM, SamplingParams
 from specmemo_jax.cli.main import app
 
 FIELDS = [
-    "id", "line", "turn", "text", "token_ids", "finish_reason", "prompt_tokens", "steps",
-    "accepted_lengths", "mean_accepted_length", "tokens_per_second", "time_to_first_token_s",
+    "id", "line", "turn", "text", "token_ids", "finish_reason", "stop_reason", "seed", "prompt_tokens",
+    "steps", "accepted_lengths", "mean_accepted_length", "tokens_per_second", "time_to_first_token_s",
 ]  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def test_turns_continue_the_same_ids(tiny_model, tmp_path):
         messages = [{"role": "user", "content": turns[0]}]
         for answer, text in zip(asked, [*turns[1:], None], strict=True):
             assert answer["prompt_tokens"] == len(ids)
-            (expected,) = llm.generate([ids], SamplingParams(max_tokens=8))
+            (expected,) = llm.generate([ids], SamplingParams(temperature=0, max_tokens=8))
             assert answer["token_ids"] == list(expected.outputs[0].token_ids)
             if text is not None:
                 kept = answer["token_ids"]
@@ -111,13 +112,104 @@ def test_stops(tiny_model):
     (stopped,) = rows(run(tiny_model, "abc", "--ignore-eos", "-n", 12, "--stop-token-id", stop))
     assert stopped["finish_reason"] == "stop"
     assert stopped["token_ids"] == free["token_ids"][: free["token_ids"].index(stop) + 1]
+    assert (free["stop_reason"], stopped["stop_reason"]) == (None, stop)
+
+
+def test_stop_strings_and_the_turn_after_one(tiny_model, tmp_path):
+    file = jsonl(tmp_path / "q.jsonl", {"turns": ["abc", "more"]})
+    arguments = ("-p", file, "--ignore-eos", "-n", 12)
+    free, _ = rows(run(tiny_model, *arguments))
+    stop = free["text"][4:6]
+    cut, after = rows(run(tiny_model, *arguments, "--stop", stop))
+    assert (cut["finish_reason"], cut["stop_reason"]) == ("stop", stop)
+    assert cut["text"] == free["text"][: free["text"].index(stop)]
+    with LLM(str(tiny_model), drafter=None, max_context=256) as llm:
+        assert llm.tokenizer is not None
+        said = [("user", "abc"), ("assistant", cut["text"]), ("user", "more")]
+        ids = llm.tokenizer.chat_ids([{"role": role, "content": text} for role, text in said])
+    assert after["prompt_tokens"] == len(ids)  # the stop string was read, but not said
+
+
+def test_seeds_differ_by_answer_repeat_by_run_and_stand_in_the_row(tiny_model, tmp_path):
+    file = jsonl(tmp_path / "q.jsonl", *[{"prompt": "a"}] * 3)
+    arguments = ("-n", 12, "--temperature", 1, "--ignore-eos")
+    first, second = (rows(run(tiny_model, "-p", file, *arguments, "--seed", 5)) for _ in range(2))
+    assert [answer["seed"] for answer in first] == [5, 6, 7]
+    assert [answer["token_ids"] for answer in first] == [answer["token_ids"] for answer in second]
+    assert len({tuple(answer["token_ids"]) for answer in first}) == 3
+    (alone,) = rows(run(tiny_model, "a", *arguments, "--seed", 6))
+    assert alone["token_ids"] == first[1]["token_ids"]
+    (unseeded,) = rows(run(tiny_model, "a", *arguments))
+    (repeated,) = rows(run(tiny_model, "a", *arguments, "--seed", unseeded["seed"]))
+    assert repeated["token_ids"] == unseeded["token_ids"]
+
+
+def test_a_lines_own_parameters(tiny_model, tmp_path):
+    file = jsonl(
+        tmp_path / "q.jsonl",
+        {"prompt": "a", "params": {"temperature": 0.9, "seed": 41, "max_tokens": 2}},
+        {"prompt": "a"},
+    )
+    answers = rows(run(tiny_model, "-p", file, "-n", 4, "--ignore-eos"))
+    assert [answer["seed"] for answer in answers] == [41, None]
+    assert [len(answer["token_ids"]) for answer in answers] == [2, 4]
+
+
+def test_a_text_file_and_a_pipe_are_prompts(tiny_model, tmp_path):
+    (tmp_path / "a.txt").write_text("hello\n")
+    (argument,) = rows(run(tiny_model, "hello", "-n", 4))
+    (file,) = rows(run(tiny_model, "-f", tmp_path / "a.txt", "-n", 4))
+    (pipe,) = rows(run(tiny_model, "-n", 4, stdin="hello\n"))
+    assert argument["token_ids"] == file["token_ids"] == pipe["token_ids"]
+    assert (file["id"], pipe["id"]) == (str(tmp_path / "a.txt"), 1)
+
+
+def test_every_sampling_option_arrives(tiny_model, monkeypatch):
+    seen = []
+    monkeypatch.setattr("specmemo_jax.llm.LLM", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(
+        "specmemo_jax.cli.answers.answer", lambda llm, records, params, emit, chat: seen.extend(params)
+    )
+    command = (
+        "a --temperature 0.5 --top-p 0.9 --top-k 7 --min-p 0.1 --repetition-penalty 1.2 "
+        "--presence-penalty 0.3 --frequency-penalty 0.4 --seed 9 --max-tokens 30 --min-tokens 2 "
+        "--stop x --stop y --stop-token-id 5 --bad-word z --ignore-eos"
+    )
+    assert rows(run(tiny_model, *command.split())) == []
+    assert seen == [
+        (
+            SamplingParams(
+                temperature=0.5,
+                top_p=0.9,
+                top_k=7,
+                min_p=0.1,
+                repetition_penalty=1.2,
+                presence_penalty=0.3,
+                frequency_penalty=0.4,
+                seed=9,
+                max_tokens=30,
+                min_tokens=2,
+                stop=("x", "y"),
+                stop_token_ids=(5,),
+                bad_words=("z",),
+                ignore_eos=True,
+            ),
+        )
+    ]
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["a", "--prompts", "b"],
+        ["a", "--file", "b"],
+        ["a", "--top-p", "0", "--temperature", "1"],
+        ["a", "--min-tokens", "300"],
+        ["a", "--stop", ""],
+        ["a", "--seed", "1"],
+        ["a", "--stream", "--format", "jsonl"],
+        ["a", "--stream", "--max-batch", "2"],
+        ["a", "--stream", "--output", "b"],
         ["a", "--max-tokens", "0"],
         ["a", "--dtype", "int3"],
         ["a", "--format", "xml"],
@@ -132,12 +224,14 @@ def test_usage_errors(arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([], "standard input: the prompt is empty"),
+        (["-f", "none.txt"], "none.txt: No such file or directory"),
         ([""], "prompt 1: the prompt is empty"),
         (["x" * 300], "this one holds 256"),
         (["a", "-n", "400"], "a smaller --max-tokens works"),
         (["a", "--max-context", "64"], "or a larger --max-context works"),
         (["a", "--max-context", "999999"], "exceeds the model's 256"),
-        (["a", "--drafter", "crystal-ball"], "drafter 'crystal-ball' is not known"),
+        (["a", "--drafter", "crystal-ball"], "'crystal-ball'"),
         (["a", "--memory-budget", "much"], "much"),
         (["a", "--memory-budget", "1KiB"], "would work"),
         (["a", "--tree-nodes", "1"], "at least 2 tree nodes"),
@@ -168,6 +262,13 @@ def test_a_malformed_line_is_told_before_the_model_is_looked_for(tmp_path):
     file = tmp_path / "q.jsonl"
     file.write_text('{"prompt": "a"}\n{"prompt"\n')
     assert "q.jsonl, line 2: not JSON" in failure(run("no-such-model", "-p", file))
+    jsonl(file, {"prompt": "a"}, {"prompt": "b", "params": {"top_k": 0.5}})
+    assert "q.jsonl, line 2: top_k must be" in failure(run("no-such-model", "-p", file))
+
+
+def test_turns_without_a_limit_are_refused(tiny_model, tmp_path):
+    file = jsonl(tmp_path / "q.jsonl", {"turns": ["a", "b"], "params": {"max_tokens": None}})
+    assert "q.jsonl, line 1: 2 turns with max_tokens null" in failure(run(tiny_model, "-p", file))
 
 
 def test_the_prompts_are_not_overwritten(tiny_model, tmp_path):

@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,39 @@ def test_a_full_device_is_named():
     message = "cannot write to /dev/full: No space left on device; 0 answers"
     with Sink("/dev/full") as sink, pytest.raises(OutputError, match=message):
         sink.write("a\n")
+
+
+def test_parts_are_on_disk_at_once_and_no_rows(tmp_path):
+    path = tmp_path / "out.txt"
+    with Sink(str(path)) as sink:
+        sink.write_part("a pie")
+        assert path.read_text() == "a pie"
+        sink.write_part("ce")
+        assert sink.rows == 0
+        sink.write("\n")
+        assert sink.rows == 1
+    assert path.read_text() == "a piece\n"
+
+
+def test_ctrl_c_waits_for_the_row(tmp_path, monkeypatch):
+    path = tmp_path / "out.jsonl"
+    real, signals = os.write, [signal.SIGINT]
+
+    def interrupted(descriptor, data):
+        while signals:
+            signal.raise_signal(signals.pop())
+        return real(descriptor, data[:3])
+
+    monkeypatch.setattr("os.write", interrupted)
+    with Sink(str(path)) as sink:
+        with pytest.raises(KeyboardInterrupt):
+            sink.write("whole\n")
+        sink.write("again\n")
+        signals += [signal.SIGINT] * 2
+        with pytest.raises(KeyboardInterrupt):  # twice: somebody means it
+            sink.write("never\n")
+    assert path.read_text() == "whole\nagain\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_row_that_does_not_fit_is_taken_back(tmp_path, monkeypatch):
