@@ -29,7 +29,7 @@ from specmemo_jax.draft import NgramDrafter, make_drafter
 from specmemo_jax.llama.packing import Target, pack
 from specmemo_jax.memory.compiled import compiled_memory
 from specmemo_jax.memory.plan import make_plan
-from specmemo_jax.speculate.engine import Engine
+from specmemo_jax.speculate.engine import Engine, Request
 from specmemo_jax.weights import Checkpoint, open_checkpoint, resolve
 
 REFERENCE = Path(__file__).parent.parent / "tests" / "data" / "mt_bench_reference.jsonl"
@@ -74,7 +74,7 @@ def decode_table(checkpoint: Checkpoint, options: argparse.Namespace) -> None:
     for dtype in options.dtypes:
         target = pack(checkpoint.config, checkpoint.tensors(), jnp.dtype(dtype))
         for name in (None, "ngram"):
-            drafter = make_drafter(name, cheap_nodes=dtype != "float32")
+            drafter = make_drafter(name, dtype=dtype)
             label = f"{name or 'vanilla'} {dtype}"
             runs[label] = engine_run(target, drafter, prompts, options.new_tokens)
         bytes_read[dtype] = target.num_bytes
@@ -121,7 +121,7 @@ def engine_run(
     def run() -> tuple[int, float]:
         tokens, seconds = 0, 0.0
         for prompt in prompts:
-            engine.admit(0, prompt, new_tokens)
+            engine.admit(0, Request(prompt, new_tokens))
             start = time.perf_counter()
             while not (log := engine.rows[0]) or not log.finished:
                 engine.burst()
@@ -232,12 +232,12 @@ def verify_table(target: Target, options: argparse.Namespace) -> None:
             for T, engine in engines(target, batch, capacity, options.nodes):
                 step = engine.step_program(capacity)
                 state = start_state(engine, capacity, batch)
-                state, out = step(target.leaves, state)
+                state, out = step(target.leaves, engine.draft_weights, state)
                 cases.append((T, step, state, []))
             for _ in range(options.rounds):
                 for i, (T, step, state, times) in enumerate(cases):
                     start = time.perf_counter()
-                    state, out = step(target.leaves, state)
+                    state, out = step(target.leaves, engine.draft_weights, state)
                     out.counts.block_until_ready()
                     times.append(time.perf_counter() - start)
                     cases[i] = (T, step, state, times)

@@ -1,37 +1,95 @@
-"""Float32 greedy token ids against a reference, for every tree and batch size; exit 1 on any difference.
+"""Float32 token ids against a reference, for every drafter, tree and batch size; exit 1 on any difference.
 
-    python scripts/check_equality.py                                   # the bundled MT-Bench reference
+    python scripts/check_equality.py                    # greedy, against the bundled MT-Bench reference
+    python scripts/check_equality.py --sampled          # seeded, against this engine's plain decoding
     python scripts/check_equality.py --reference FILE.jsonl --dtype bfloat16
 
 A reference line holds ``prompt_ids`` and ``new_ids`` (here: transformers + torch, float32, 64 tokens).
-In bfloat16 and float16 near-ties may flip: the differing rows are counted and nothing fails.
+``--sampled`` decodes each prompt once with each of the settings below, every request with a seed of its
+own. In bfloat16 and float16 near-ties may flip: the differing rows are counted and nothing fails.
 """
 
 import argparse
 import json
 import sys
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import jax.numpy as jnp
 from tqdm import tqdm
 
-from specmemo_jax import LLM, RequestOutput, SamplingParams
-from specmemo_jax.draft import NgramDrafter
+from specmemo_jax import LLM, LlamaConfig, RequestOutput, SamplingParams
+from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, Shape, make_drafter
 from specmemo_jax.draft.ngram import chain
+from specmemo_jax.llama.packing import pack
+from specmemo_jax.testing import tiny_llama
+from specmemo_jax.weights import open_checkpoint, resolve
 
 REFERENCE = Path(__file__).parent.parent / "tests" / "data" / "mt_bench_reference.jsonl"
-DRAFTERS = {
-    "vanilla": None,
-    "tree 4": NgramDrafter(4),
-    "tree 8": NgramDrafter(8),
-    "tree 16": NgramDrafter(16),
-    "chain 8": chain(8),
+TOGETHER = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1}
+SETTINGS = {
+    "temperature 0.7": {"temperature": 0.7},
+    "temperature 1.0": {"temperature": 1.0},
+    "top_p 0.9": {"top_p": 0.9},
+    "top_k 40": {"top_k": 40},
+    "min_p 0.05": {"min_p": 0.05},
+    "repetition_penalty 1.1": {"repetition_penalty": 1.1},
+    "together, 0.7": TOGETHER,
+    "together, 1.0": {**TOGETHER, "temperature": 1.0},
 }
+
+
+def drafters(model: str) -> dict[str, Callable[[], Drafter | None]]:
+    """What can be checked by name; draft models are made when asked for."""
+    found: dict[str, Callable[[], Drafter | None]] = {"vanilla": lambda: None}
+    for nodes in (4, 8, 16):
+        found[f"ngram {nodes}"] = partial(make_drafter, "ngram", nodes)
+        found[f"tree {nodes}"] = partial(NgramDrafter, nodes)
+        found[f"self:6, {nodes}"] = partial(SelfDrafter, 6, Shape.of(nodes, *((1,) if nodes < 8 else (3, 4))))
+        found[f"itself, {nodes}"] = partial(
+            _draft_model, model, Shape.of(nodes, *((1,) if nodes < 8 else (3, 4))), False
+        )
+        found[f"random model, {nodes}"] = partial(
+            _draft_model, model, Shape.of(nodes, 2, -(-nodes // 2)), True
+        )
+    found["chain 8"] = partial(chain, 8)
+    return found
+
+
+def _draft_model(model: str, shape: Shape, random: bool) -> DraftModel:
+    """The target itself as its draft, or a small Llama of random weights with its vocabulary."""
+    checkpoint = open_checkpoint(resolve(model).path)
+    config, tensors = checkpoint.config, checkpoint.tensors()
+    if random:
+        config = LlamaConfig(
+            vocab_size=config.vocab_size, hidden_size=64, ffn_size=128, num_layers=2, num_heads=2,
+            num_kv_heads=1, head_dim=32, max_context=config.max_context,
+        )  # fmt: skip
+        tensors = tiny_llama(config, seed=1).items()
+    return DraftModel.of(pack(config, tensors, jnp.dtype("float32")), shape)
 
 
 def advance(bar: tqdm, _: RequestOutput) -> None:
     bar.update()
+
+
+def answers(
+    options: argparse.Namespace,
+    drafter: Drafter | None,
+    batch: int,
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+) -> tuple[list[list[int]], float]:
+    """Every prompt's token ids, and the mean accepted length."""
+    longest = max(len(p) + (s.max_tokens or 0) for p, s in zip(prompts, params, strict=True))
+    arguments = {"drafter": drafter, "dtype": options.dtype, "max_batch": batch, "max_context": longest}
+    with LLM(options.model, **arguments) as llm, tqdm(total=len(prompts), disable=None, leave=False) as bar:
+        outputs = llm.generate(prompts, params, progress=partial(advance, bar))
+    steps = sum(output.metrics.steps for output in outputs)
+    tokens = sum(sum(output.metrics.accepted_lengths) for output in outputs)
+    return [list(output.outputs[0].token_ids) for output in outputs], tokens / max(steps, 1)
 
 
 def main() -> int:
@@ -39,37 +97,44 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--reference", type=Path, default=REFERENCE)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--drafters", nargs="+", default=list(DRAFTERS), choices=list(DRAFTERS))
+    parser.add_argument("--drafters", nargs="+", metavar="NAME", help="some of those that are printed")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--sampled", action="store_true", help="seeded settings against plain decoding")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens an answer")
     parser.add_argument("--limit", type=int, help="only the first rows of the reference")
     options = parser.parse_args()
+    known = drafters(options.model)
+    if unknown := set(options.drafters or ()) - known.keys():
+        parser.error(f"no drafter {', '.join(map(repr, unknown))}; {', '.join(map(repr, known))} work")
     rows = [json.loads(line) for line in options.reference.read_text().splitlines()][: options.limit]
     prompts = [row["prompt_ids"] for row in rows]
-    longest = max(len(row["prompt_ids"]) + 64 for row in rows)
+    n = options.new_tokens
+    if options.sampled:
+        params = [
+            SamplingParams(seed=1000 * i + j, max_tokens=n, **fields)
+            for i, fields in enumerate(SETTINGS.values())
+            for j in range(len(prompts))
+        ]
+        labels = [name for name in SETTINGS for _ in prompts]
+        prompts = prompts * len(SETTINGS)
+        want, _ = answers(options, None, 1, prompts, params)
+    else:
+        params = [SamplingParams(temperature=0, max_tokens=n)] * len(rows)
+        labels, want = ["greedy"] * len(rows), [row["new_ids"][:n] for row in rows]
     failed = 0
     for batch in options.batches:
-        for name in options.drafters:
+        for name in options.drafters or known:
             start = time.perf_counter()
-            with (
-                LLM(
-                    options.model,
-                    drafter=DRAFTERS[name],
-                    dtype=options.dtype,
-                    max_batch=batch,
-                    max_context=longest,
-                ) as llm,
-                tqdm(total=len(rows), disable=None, leave=False) as bar,
-            ):
-                outputs = llm.generate(prompts, SamplingParams(max_tokens=64), progress=partial(advance, bar))
-            wrong = [i for i, o in enumerate(outputs) if list(o.outputs[0].token_ids) != rows[i]["new_ids"]]
-            steps = sum(o.metrics.steps for o in outputs)
-            tokens = sum(sum(o.metrics.accepted_lengths) for o in outputs)
+            got, accepted = answers(options, known[name](), batch, prompts, params)
+            wrong = [i for i, pair in enumerate(zip(got, want, strict=True)) if pair[0] != pair[1]]
             print(
-                f"{options.dtype} batch {batch} {name:<8} equal {len(rows) - len(wrong)}/{len(rows)}  "
-                f"mean accepted length {tokens / steps:.3f}  ({time.perf_counter() - start:.0f} s)"
-                + (f"  differing rows: {wrong}" if wrong else ""),
+                f"{options.dtype} batch {batch} {name:<16} equal {len(prompts) - len(wrong)}/{len(prompts)}  "
+                f"mean accepted length {accepted:.3f}  ({time.perf_counter() - start:.0f} s)",
                 flush=True,
             )
+            for i in wrong:
+                at = next((k for k, (a, b) in enumerate(zip(got[i], want[i], strict=False)) if a != b), "end")
+                print(f"    {labels[i]}, row {i % len(rows)} (seed {params[i].seed}): differs at token {at}")
             failed += len(wrong)
     return int(failed > 0 and options.dtype == "float32")
 

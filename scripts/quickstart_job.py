@@ -71,7 +71,7 @@ def compare(options: argparse.Namespace) -> bool:
 
 def _run(drafter: str | None, records: list[PromptRecord], options: argparse.Namespace) -> Run:
     answers = {}
-    params = SamplingParams(max_tokens=options.max_tokens)
+    params = SamplingParams(temperature=0, max_tokens=options.max_tokens)
     with LLM(
         options.model,
         drafter=drafter,
@@ -80,8 +80,8 @@ def _run(drafter: str | None, records: list[PromptRecord], options: argparse.Nam
         max_context=options.max_context,
     ) as llm:
         # Once unmeasured: programs are compiled when first needed, or read from the cache.
-        answer(llm, records, params, lambda *_: None)
-        answer(llm, records, params, lambda record, turn, output: answers.update({(record.id, turn): output}))
+        answer(llm, records, params, lambda _: None)
+        answer(llm, records, params, lambda a: answers.update({(a.record.id, a.turn): a.output}))
         return Run(
             drafter or "vanilla", answers, llm.plan.peak_bytes, llm.plan.generation_bytes, _process_bytes()
         )

@@ -8,13 +8,14 @@ if TYPE_CHECKING:
     from specmemo_jax.llama.config import LlamaConfig
     from specmemo_jax.llm import LLM
     from specmemo_jax.memory.plan import MemoryPlan
-    from specmemo_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput, SamplingParams
+    from specmemo_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput
+    from specmemo_jax.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "LLM": "llm",
-    "SamplingParams": "outputs",
+    "SamplingParams": "sampling_params",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
     "RequestMetrics": "outputs",

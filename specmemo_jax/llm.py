@@ -1,30 +1,32 @@
-"""The front door: a model, a drafter and a plan behind ``generate`` and ``chat``."""
+"""The front door: a model, a drafter and a plan behind ``generate``, ``chat`` and ``stream``."""
 
 import contextlib
-import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from specmemo_jax.compilation import enable_compilation_cache
-from specmemo_jax.draft import make_drafter
-from specmemo_jax.draft.protocol import Drafter
+from specmemo_jax.draft import Drafter, default_shape, is_model_name, make_drafter
 from specmemo_jax.errors import ConfigError, RequestError
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.packing import Target, pack
+from specmemo_jax.loading import open_draft_model, open_model
 from specmemo_jax.memory.budget import parse_bytes
 from specmemo_jax.memory.devices import default_dtype, device_memory
 from specmemo_jax.memory.plan import MemoryPlan, make_plan
-from specmemo_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput, SamplingParams
-from specmemo_jax.speculate.engine import Engine
-from specmemo_jax.tokenizer import Tokenizer, load_tokenizer
-from specmemo_jax.weights import GenerationDefaults, generation_defaults, open_checkpoint, resolve
+from specmemo_jax.outputs import RequestOutput
+from specmemo_jax.sampling_params import SamplingParams
+from specmemo_jax.serve import Job, TextStream, device_sampling, pad_bad_words, serve
+from specmemo_jax.speculate.engine import Engine, Request
+from specmemo_jax.text import AnswerText
+from specmemo_jax.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
+Prompt = str | Sequence[int]
 Progress = Callable[[RequestOutput], None]
 
 
@@ -36,9 +38,10 @@ class LLM:
             or a `LlamaConfig` together with ``params``.
         params: with a config, the canonical tensors by name (`LlamaConfig.tensor_shapes`),
             as `specmemo_jax.testing.tiny_llama` makes them.
-        drafter: ``"auto"`` (n-grams today), ``"ngram"``, None for plain decoding, or any
-            object that implements `specmemo_jax.draft.Drafter`.
-        tree_nodes: T, the nodes a built-in drafter proposes a step, root included.
+        drafter: ``"auto"`` (n-grams today), ``"ngram"``, ``"self:K"`` (the target's first K
+            layers), a draft model as ``model`` names one, None for plain decoding, or any
+            `specmemo_jax.draft.Drafter`.
+        tree_nodes: T, the most nodes a built-in drafter proposes a step, root included.
         memory_budget: bytes on the device (an int or ``"1GiB"``) that the plan must
             stay under; None: what the device says it has.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32 on CPU,
@@ -46,6 +49,7 @@ class LLM:
         max_context: most tokens of prompt and answer together; None: the model's own
             maximum, or what the budget allows.
         max_batch: B, rows decoded together.
+        seed: where requests without a seed of their own get theirs, in the order they come.
         compilation_cache: folder for compiled programs; None: a folder in the user's
             cache unless JAX is configured already.
 
@@ -58,36 +62,29 @@ class LLM:
         model: str | Path | LlamaConfig,
         params: Mapping[str, Any] | None = None,
         *,
-        drafter: Drafter | str | None = "auto",
+        drafter: Drafter | str | Path | None = "auto",
         tree_nodes: int | None = None,
         memory_budget: int | str | None = None,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         max_context: int | None = None,
         max_batch: int = 1,
+        seed: int = 0,
         compilation_cache: str | Path | None = None,
     ):
-        self.tokenizer: Tokenizer | None = None
-        self._no_tokenizer = "weights given as arrays come without a tokenizer"
-        if isinstance(model, LlamaConfig):
-            if params is None:
-                raise ConfigError("LLM(config) needs params: a mapping of canonical tensor names to arrays")
-            self.name, config, tensors = "params", model, iter(params.items())
-            self.generation_defaults = GenerationDefaults(config.eos_token_ids)
-        else:
-            if params is not None:
-                raise ConfigError("params go with a LlamaConfig; a name or path brings its own weights")
-            found = resolve(model)
-            checkpoint = open_checkpoint(found.path)
-            self.name, config, tensors = found.name, checkpoint.config, checkpoint.tensors()
-            self.generation_defaults = generation_defaults(found.settings_folder, config)
-            self.tokenizer, self._no_tokenizer = load_tokenizer(found.path, found.tokenizer_recipe)
-        self.config = config
+        opened = open_model(model, params)
+        self.name, self.config = opened.name, opened.config
+        self.tokenizer, self._no_tokenizer = opened.tokenizer, opened.no_tokenizer
+        self.generation_defaults = opened.generation_defaults
         device = jax.devices()[0]
         chosen = jnp.dtype(default_dtype(device) if dtype == "auto" else _dtype(dtype))
-        cheap_nodes = not (device.platform == "cpu" and chosen == jnp.float32)
-        self.drafter = make_drafter(drafter, tree_nodes, cheap_nodes=cheap_nodes)
+        if isinstance(drafter, str | Path) and is_model_name(drafter):
+            shape = default_shape(tree_nodes, device.platform)
+            self.drafter: Drafter | None = open_draft_model(drafter, opened, shape, chosen, device)
+        else:
+            assert not isinstance(drafter, Path)
+            self.drafter = make_drafter(drafter, tree_nodes, platform=device.platform, dtype=chosen.name)
         self.plan: MemoryPlan = make_plan(
-            config,
+            self.config,
             dtype=chosen,
             platform=device.platform,
             batch=max_batch,
@@ -96,7 +93,8 @@ class LLM:
             budget=parse_bytes(memory_budget) if memory_budget is not None else device_memory(device),
         )
         enable_compilation_cache(compilation_cache)
-        self.target: Target = pack(config, tensors, chosen, device)
+        self._seeds = np.random.default_rng(seed)
+        self.target: Target = pack(self.config, opened.tensors(), chosen, device)
         self.engine = Engine(self.target, self.drafter, self.plan)
 
     def __enter__(self) -> "LLM":
@@ -108,7 +106,7 @@ class LLM:
     def close(self) -> None:
         """Free the cache and the weights on the device. The object cannot be used again."""
         self.engine.close()
-        for leaf in self.target.leaves:
+        for leaf in (*jax.tree.leaves(self.engine.draft_weights), *self.target.leaves):
             leaf.delete()
 
     @property
@@ -116,6 +114,12 @@ class LLM:
         """Ids that end an answer: generation_config.json's, else the config's, else the tokenizer's."""
         tokenizer_ids = self.tokenizer.eos_token_ids if self.tokenizer else ()
         return self.generation_defaults.eos_token_ids or tuple(tokenizer_ids)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's authors chose (generation_config.json), and vLLM's defaults beside it."""
+        defaults = self.generation_defaults
+        chosen = {"temperature": defaults.temperature, "top_p": defaults.top_p, "top_k": defaults.top_k}
+        return SamplingParams(**{name: value for name, value in chosen.items() if value is not None})
 
     def generate(
         self,
@@ -126,14 +130,11 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete each prompt: a string, a list of strings, or a list of token-id lists.
 
-        Returns one `RequestOutput` a prompt, in their order; ``progress`` is called with
-        each as it finishes. All requests are checked before the first one starts.
+        Returns one `RequestOutput` a prompt, in their order; ``progress`` is called with each
+        as it finishes. All requests are checked before the first one starts. Without
+        ``sampling_params``, those of `get_default_sampling_params` hold.
         """
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
-        ids = [self._encode(prompt, place) for place, prompt in enumerate(prompts)]
-        return self._run(texts, ids, self._params(sampling_params, len(ids)), progress)
+        return self._run([prompts] if isinstance(prompts, str) else prompts, sampling_params, progress)
 
     def chat(
         self,
@@ -146,54 +147,113 @@ class LLM:
         if not messages:
             raise RequestError("an empty conversation: give at least one message")
         conversations: Sequence[Any] = [messages] if isinstance(messages[0], Mapping) else messages
-        ids = [self._require_tokenizer().chat_ids(conversation) for conversation in conversations]
-        for place, prompt in enumerate(ids):
-            self._check_ids(prompt, place)
-        return self._run([None] * len(ids), ids, self._params(sampling_params, len(ids)), progress)
+        prompts = [self._require_tokenizer().chat_ids(conversation) for conversation in conversations]
+        return self._run(prompts, sampling_params, progress)
 
-    def _require_tokenizer(self) -> Tokenizer:
+    def stream(
+        self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None
+    ) -> TextStream:
+        """Answer one prompt (a string, token ids, or a conversation) as text pieces, as they are known.
+
+        A piece never ends inside a character and never shows a part of a stop string.
+        """
+        self._require_tokenizer("streams")
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            prompt = self._require_tokenizer().chat_ids(prompt)  # type: ignore[arg-type]
+        job = self._job(prompt, sampling_params or self.get_default_sampling_params(), 0)  # type: ignore[arg-type]
+        return TextStream(self._serve([job], burst=1), job)
+
+    def _run(
+        self,
+        prompts: Sequence[Any],
+        given: SamplingParams | Sequence[SamplingParams] | None,
+        progress: Progress | None,
+    ) -> list[RequestOutput]:
+        if given is None or isinstance(given, SamplingParams):
+            given = [given or self.get_default_sampling_params()] * len(prompts)
+        if len(given) != len(prompts):
+            raise RequestError(
+                f"{len(given)} SamplingParams for {len(prompts)} prompts; give one, or one each"
+            )
+        jobs = [self._job(*pair, place) for place, pair in enumerate(zip(prompts, given, strict=True))]
+        for job in self._serve(jobs):
+            if job.output is not None and progress is not None:
+                progress(job.output)
+        return [job.output for job in jobs if job.output is not None]
+
+    def _serve(self, jobs: Sequence[Job], burst: int = 8) -> Generator[Job, None, None]:
+        """`serve`; a call that fails may have eaten its donated buffers, so the next starts afresh."""
+        if any(row is not None for row in self.engine.rows):
+            raise RequestError(
+                "an answer is being streamed; reading it to its end, or closing it, would work"
+            )
+        try:
+            with contextlib.closing(serve(self.engine, jobs, burst)) as running:
+                yield from running
+        except GeneratorExit:
+            raise
+        except BaseException:
+            self.engine.close()
+            raise
+
+    def _job(self, prompt: Prompt, params: SamplingParams, place: int) -> Job:
+        """One prompt, checked, as the engine takes it."""
+        ids = self._ids(prompt, place)
+        request = Request(
+            prompt=ids,
+            max_tokens=self._max_tokens(ids, params, place),
+            stop_ids=params.end_ids(self.eos_ids),
+            sampling=None if params.is_plain else self._sampling(ids, params),
+        )
+        if params.stop:
+            self._require_tokenizer("stop strings")
+        text = None
+        if self.tokenizer is not None:
+            stop = tuple(params.stop or ())
+            text = AnswerText(self.tokenizer, stop, params.min_tokens, params.skip_special_tokens)
+        return Job(str(place), prompt if isinstance(prompt, str) else None, request, params, text)
+
+    def _sampling(self, ids: Sequence[int], params: SamplingParams) -> Any:
+        words: list[list[int]] = []
+        if params.bad_words:
+            words = self._require_tokenizer("bad_words").bad_word_ids(tuple(params.bad_words))
+        most, longest = self.plan.max_bad_words
+        if len(words) > most or any(len(word) > longest for word in words):
+            raise RequestError(
+                f"bad_words make {len(words)} token sequences, the longest of {max(map(len, words))}; "
+                f"at most {most} of at most {longest} tokens work"
+            )
+        seed = int(self._seeds.integers(2**63)) if params.seed is None else params.seed
+        return device_sampling(params, ids, seed, pad_bad_words(words, self.plan))
+
+    def _require_tokenizer(self, what: str = "texts") -> Tokenizer:
         if self.tokenizer is None:
-            raise RequestError(f"{self._no_tokenizer}; prompts as lists of token ids would work")
+            raise RequestError(f"{self._no_tokenizer}, which {what} need; lists of token ids would work")
         return self.tokenizer
 
-    def _encode(self, prompt: str | Sequence[int], place: int) -> list[int]:
+    def _ids(self, prompt: Prompt, place: int) -> list[int]:
         if isinstance(prompt, str):
-            ids = self._require_tokenizer().encode(prompt)
+            ids: list[Any] = self._require_tokenizer().encode(prompt)
         elif isinstance(prompt, Sequence):
             ids = list(prompt)
         else:
             raise RequestError(
                 f"prompt {place} is {type(prompt).__name__}; a string or a list of token ids works"
             )
-        self._check_ids(ids, place)
-        return ids
-
-    def _check_ids(self, ids: Sequence[Any], place: int) -> None:
         if not ids:
             raise RequestError(f"prompt {place} is empty: at least one token is needed")
         for token in ids:
-            if (
-                not isinstance(token, int)
-                or isinstance(token, bool)
-                or not 0 <= token < self.config.vocab_size
-            ):
+            integer = isinstance(token, int) and not isinstance(token, bool)
+            if not integer or not 0 <= token < self.config.vocab_size:
                 raise RequestError(
                     f"prompt {place} holds {token!r}; "
                     f"token ids are integers from 0 to {self.config.vocab_size - 1}"
                 )
-
-    def _params(
-        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
-    ) -> list[SamplingParams]:
-        if given is None or isinstance(given, SamplingParams):
-            return [given or SamplingParams()] * count
-        if len(given) != count:
-            raise RequestError(f"{len(given)} SamplingParams for {count} prompts; give one, or one each")
-        return list(given)
+        return ids
 
     def _max_tokens(self, prompt: Sequence[int], params: SamplingParams, place: int) -> int:
         context = self.plan.context
-        wanted = 1 if params.max_tokens is None else params.max_tokens
+        wanted = max(1, params.min_tokens) if params.max_tokens is None else params.max_tokens
         if len(prompt) + wanted > context:
             raise RequestError(
                 f"prompt {place} has {len(prompt)} tokens and may grow by {wanted}, "
@@ -201,65 +261,6 @@ class LLM:
                 + (" or raise max_context" if context < self.config.max_context else "")
             )
         return context - len(prompt) if params.max_tokens is None else params.max_tokens
-
-    def _run(
-        self,
-        texts: Sequence[str | None],
-        prompts: Sequence[Sequence[int]],
-        params: Sequence[SamplingParams],
-        progress: Progress | None,
-    ) -> list[RequestOutput]:
-        limits = [self._max_tokens(p, s, i) for i, (p, s) in enumerate(zip(prompts, params, strict=True))]
-        stops = [s.stops(self.eos_ids) for s in params]
-        waiting = deque(range(len(prompts)))
-        started, first = [0.0] * len(prompts), [0.0] * len(prompts)
-        results: list[RequestOutput | None] = [None] * len(prompts)
-        slots: list[int | None] = [None] * self.plan.batch
-        with self._reset_on_error():
-            if prompts:
-                self.engine.prepare([len(prompt) for prompt in prompts], max(limits))
-            while waiting or any(slot is not None for slot in slots):
-                for row, slot in enumerate(slots):
-                    if slot is None and waiting:
-                        i = slots[row] = waiting.popleft()
-                        started[i] = time.perf_counter()
-                        self.engine.admit(row, prompts[i], limits[i], stops[i])
-                        first[i] = time.perf_counter()
-                self.engine.burst()
-                now = time.perf_counter()
-                for row, i in enumerate(slots):
-                    log = self.engine.rows[row]
-                    if i is None or log is None or not log.finished:
-                        continue
-                    self.engine.release(row)
-                    slots[row] = None
-                    metrics = RequestMetrics(
-                        steps=len(log.accepted_lengths),
-                        accepted_lengths=tuple(log.accepted_lengths),
-                        time_to_first_token_s=first[i] - started[i],
-                        decode_s=now - first[i] if log.accepted_lengths else 0.0,
-                    )
-                    answer = CompletionOutput(
-                        index=0,
-                        text=self.tokenizer.decode(log.new_ids) if self.tokenizer else "",
-                        token_ids=tuple(log.new_ids),
-                        finish_reason="stop" if log.stopped else "length",
-                    )
-                    results[i] = output = RequestOutput(
-                        str(i), texts[i], tuple(prompts[i]), (answer,), metrics
-                    )
-                    if progress is not None:
-                        progress(output)
-        return [output for output in results if output is not None]
-
-    @contextlib.contextmanager
-    def _reset_on_error(self):
-        """A call that fails halfway may have eaten its donated buffers: start the next one afresh."""
-        try:
-            yield
-        except BaseException:
-            self.engine.close()
-            raise
 
 
 def _dtype(name: str) -> str:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from specmemo_jax.llama.config import LlamaConfig
+from specmemo_jax.tokenizer import Tokenizer
 
 TINY = LlamaConfig(
     vocab_size=97,
@@ -32,3 +33,46 @@ def tiny_llama(config: LlamaConfig = TINY, seed: int = 0) -> dict[str, np.ndarra
         else:
             params[name] = noise / np.float32(np.sqrt(shape[-1]))
     return params
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """A byte-level tokenizer of `TINY`'s 97 ids: letters, pieces of words, single bytes of é, 日 and 🙂.
+
+    ``llm.tokenizer = tiny_tokenizer()`` gives an `LLM` made of arrays texts, stop strings and streams.
+    """
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Core
+    from transformers import PreTrainedTokenizerFast
+
+    # How byte-level tokenizers spell bytes: printable ones as themselves, the rest as letters from U+0100 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spelled = {byte: chr(byte) for byte in printable}
+    spelled |= {byte: chr(256 + n) for n, byte in enumerate(b for b in range(256) if b not in spelled)}
+    alone = sorted({byte for text in ("é日本🙂", ".,!?'\n ") for byte in text.encode()})
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [
+        " the",
+        " and",
+        " a",
+        "ing",
+        "ly",
+        "END",
+        "ab",
+        "ba",
+        "abab",
+        " stop",
+        "é",
+        "日",
+        "日本",
+        "no",
+        " of",
+    ]
+    words += [first + second for first in "aeiouy" for second in "nrstlmd"]
+    tokens = [*(spelled[byte] for byte in alone), *letters]
+    tokens += ["".join(spelled[byte] for byte in word.encode()) for word in words]
+    vocab = {"<eos>": 0} | {token: i for i, token in enumerate(tokens[: TINY.vocab_size - 1], 1)}
+    core = Core(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken("<eos>", special=True)])
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>"))

@@ -135,6 +135,24 @@ class Tokenizer:
             list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
 
+    def first_difference(self, other: "Tokenizer") -> str | None:
+        """The first id that means another token in ``other``, in words; None if all ids mean the same."""
+        mine, theirs = ({i: t for t, i in x.fast.get_vocab().items()} for x in (self, other))
+        for i in sorted(mine.keys() | theirs.keys()):
+            if mine.get(i) != theirs.get(i):
+                here, there = (repr(table[i]) if i in table else "nothing" for table in (mine, theirs))
+                return f"id {i} is {here} in the one and {there} in the other"
+        return None
+
+    def bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
+        """Token sequences that spell ``words``: each at the start of a text and after a space."""
+        sequences: dict[tuple[int, ...], None] = {}
+        for word in words:
+            for text in (word.lstrip(" "), " " + word.lstrip(" ")):
+                if ids := self._plain_ids(text):
+                    sequences[tuple(ids)] = None
+        return [list(ids) for ids in sequences]
+
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a chat, up to the opening of the assistant's next answer. Raises RequestError."""
         return self._plain_ids(self._render(messages))

@@ -1,20 +1,32 @@
 """Drafters, one file each, behind one protocol."""
 
+import re
+
+from specmemo_jax.draft.lookahead import Shape
+from specmemo_jax.draft.model import DraftModel, SelfDrafter
 from specmemo_jax.draft.ngram import NgramDrafter
-from specmemo_jax.draft.protocol import Drafter
+from specmemo_jax.draft.protocol import Drafter, View
 from specmemo_jax.errors import ConfigError
 
-__all__ = ["Drafter", "NgramDrafter", "make_drafter"]
+__all__ = ["DraftModel", "Drafter", "NgramDrafter", "SelfDrafter", "Shape", "View", "make_drafter"]
+
+# (nodes, least matched tokens): what a match is worth where nodes are not free to verify.
+# Measured in docs/performance-log.md.
+LADDERS = {"float32": ((4, 2), (16, 4)), "bfloat16": ((4, 1), (16, 4))}
+FREE_NODES = 16  # on a GPU a step of so many nodes costs about what one node does
 
 
 def make_drafter(
-    drafter: Drafter | str | None, tree_nodes: int | None = None, *, cheap_nodes: bool = True
+    drafter: Drafter | str | None,
+    tree_nodes: int | None = None,
+    *,
+    platform: str = "cpu",
+    dtype: str = "float32",
 ) -> Drafter | None:
-    """A drafter from its name; objects pass through, None (also ``"none"``) is plain decoding.
+    """A drafter without weights from its name: ``"auto"``, ``"ngram"``, ``"self:K"``, ``"none"`` or None.
 
-    ``tree_nodes`` is T for the built-in drafters; left open it is 8, or 4 where verifying a
-    node more is not almost free (``cheap_nodes`` False: float32 on CPU, where compute and not
-    memory bounds the products; docs/performance-log.md). Raises ConfigError for an unknown name.
+    Objects pass through. ``tree_nodes`` is T, chosen for ``platform`` and ``dtype`` where it is left
+    open. Raises ConfigError for an unknown name (`is_model_name` tells what else may name a model).
     """
     if drafter is None or drafter == "none":
         return None
@@ -24,8 +36,31 @@ def make_drafter(
                 f"tree_nodes={tree_nodes}, but the given drafter proposes {drafter.num_nodes} nodes"
             )
         return drafter
-    if drafter not in ("auto", "ngram"):
-        raise ConfigError(f"drafter {drafter!r} is not known; 'auto', 'ngram' and 'none' are")
-    if tree_nodes is None:
-        tree_nodes = 8 if cheap_nodes else 4
-    return NgramDrafter(num_nodes=tree_nodes)
+    if drafter in ("auto", "ngram"):
+        return _ngram(tree_nodes, platform, dtype)
+    if match := re.fullmatch(r"self:(\d+)", drafter):
+        return SelfDrafter(int(match[1]), default_shape(tree_nodes, platform))
+    raise ConfigError(f"drafter {drafter!r} is not known; auto, ngram, self:K, none or a model would work")
+
+
+def is_model_name(drafter: object) -> bool:
+    """Whether a drafter is named that `make_drafter` does not know: a draft model's name, folder or file."""
+    known = drafter in ("auto", "ngram", "none") or str(drafter).startswith("self:")
+    return isinstance(drafter, str) and not known
+
+
+def default_shape(tree_nodes: int | None, platform: str) -> Shape:
+    """The tree of a draft that costs passes: a short chain on CPU, where nodes cost, else wider."""
+    if platform == "cpu":
+        return Shape.of(tree_nodes or 4)
+    nodes = tree_nodes or FREE_NODES
+    return Shape.of(nodes, branches=min(4, nodes - 1), depth=min(5, nodes - 1))
+
+
+def _ngram(tree_nodes: int | None, platform: str, dtype: str) -> NgramDrafter:
+    if platform != "cpu":
+        return NgramDrafter(tree_nodes or FREE_NODES)
+    ladder = LADDERS.get(dtype, LADDERS["bfloat16"])
+    nodes = tree_nodes or ladder[-1][0]
+    rungs = [rung for rung in ladder[:-1] if rung[0] < nodes]
+    return NgramDrafter(nodes, branches=1, ladder=(*rungs, (nodes, ladder[len(rungs)][1])))

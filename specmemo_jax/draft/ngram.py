@@ -6,25 +6,29 @@ matches, longest first and then latest, become branches of a small tree. No weig
 
 import dataclasses
 import functools
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from specmemo_jax.draft.protocol import Drafter, State, View
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.memory.buffers import Buffer
 from specmemo_jax.speculate.tree import NO_TOKEN, Tree
 
-State = Int[Array, "B S"]
-
 
 @dataclasses.dataclass(frozen=True)
-class NgramDrafter:
+class NgramDrafter(Drafter):
     """``num_nodes`` T (root included) shared by up to ``branches`` continuations.
 
     ``decay`` and ``branch_decay`` rank the nodes: a node ``d`` levels down the ``w``-th
-    branch counts ``branch_decay**w * decay**d``, and the T - 1 best of the branches that
-    exist are proposed. With one branch the tree is a chain.
+    branch counts ``branch_decay**w * decay**d``, and the best of the branches that exist
+    are proposed. With one branch the tree is a chain.
+
+    ``ladder``: how much a match is worth, as ``(nodes, least matched tokens)`` rising to
+    ``(num_nodes, ...)``. A step that finds less than its first rung asks for is plain
+    decoding; empty, every match fills all nodes. It pays where a node is not free to verify.
     """
 
     num_nodes: int = 8
@@ -32,6 +36,7 @@ class NgramDrafter:
     max_ngram: int = 4
     decay: float = 0.75
     branch_decay: float = 0.3
+    ladder: tuple[tuple[int, int], ...] = ()
     name: str = "ngram"
 
     def __post_init__(self) -> None:
@@ -43,49 +48,64 @@ class NgramDrafter:
             raise ConfigError(
                 f"branches ({self.branches}) and max_ngram ({self.max_ngram}) must be at least 1"
             )
-
-    @property
-    def max_depth(self) -> int:
-        """One branch may take all the nodes."""
-        return self.num_nodes - 1
+        if self.ladder:
+            nodes, matches = zip(*self.ladder, strict=True)
+            rising = all(a < b for steps in (nodes, matches) for a, b in itertools.pairwise(steps))
+            if not rising or nodes[0] < 2 or nodes[-1] != self.num_nodes or matches[-1] > self.max_ngram:
+                raise ConfigError(
+                    f"ladder {self.ladder} must rise from 2 nodes or more to num_nodes ({self.num_nodes}), "
+                    f"with matches rising to max_ngram ({self.max_ngram}) at most"
+                )
 
     @property
     def is_chain(self) -> bool:
         """No second branch is possible."""
         return self.branches == 1 or self.num_nodes == 2
 
-    def init(self, batch: int, context: int) -> State:
-        """Token history ``[B, context]``."""
-        return jnp.full((batch, context), NO_TOKEN, jnp.int32)
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The root alone and each rung, or every node always."""
+        return (1, *(nodes for nodes, _ in self.ladder)) if self.ladder else (self.num_nodes,)
 
-    def buffers(self, batch: int, context: int) -> tuple[Buffer, ...]:
+    def init(self, batch: int, capacity: int) -> State:
+        """Token history ``[B, S]``."""
+        return jnp.full((batch, capacity), NO_TOKEN, jnp.int32)
+
+    def grow(self, state: State, capacity: int) -> State:
+        """Pad the history."""
+        return jnp.pad(state, ((0, 0), (0, capacity - state.shape[1])), constant_values=NO_TOKEN)
+
+    def buffers(self, batch: int, capacity: int) -> tuple[Buffer, ...]:
         """The history."""
-        return (Buffer("ngram history", (batch, context), "int32", 4 * batch * context),)
+        return (Buffer("ngram history", (batch, capacity), "int32", 4 * batch * capacity),)
+
+    def temporary_bytes(self, batch: int, capacity: int) -> int:
+        """The history with its pending token, matches and scores."""
+        return 8 * 4 * batch * capacity
 
     def observe(
         self,
+        view: View,
         state: State,
-        tokens: Int[Array, "B C"],
-        starts: Int[Array, " B"],
-        counts: Int[Array, " B"],
+        rows: Int[Array, " R"],
+        tokens: Int[Array, "R C"],
+        starts: Int[Array, " R"],
+        counts: Int[Array, " R"],
     ) -> State:
         """Write the tokens where they stand; the rest of the chunk is dropped."""
-        C, S = tokens.shape[1], state.shape[1]
-        columns = jnp.arange(C)[None, :]
-        positions = jnp.where(columns < counts[:, None], starts[:, None] + columns, S)
-        rows = jnp.arange(tokens.shape[0])[:, None]
-        return state.at[rows, positions].set(tokens, mode="drop")
+        columns = jnp.arange(tokens.shape[1])[None, :]
+        positions = jnp.where(columns < counts[:, None], starts[:, None] + columns, state.shape[1])
+        return state.at[rows[:, None], positions].set(tokens, mode="drop")
 
-    def truncate(self, state: State, lengths: Int[Array, " B"]) -> State:
-        """Nothing to do: positions from ``lengths`` on are never read."""
-        return state
-
-    def propose(self, state: State, pending: Int[Array, " B"], lengths: Int[Array, " B"]) -> Tree:
+    def propose(
+        self, view: View, state: State, pending: Int[Array, " B"], lengths: Int[Array, " B"]
+    ) -> tuple[Tree, State]:
         """Continuations of the longest, then latest, earlier occurrences of the row's last tokens."""
-        B, S = state.shape
+        B, S = state.shape  # the history
         W = min(self.branches, self.num_nodes - 1)
         history = state.at[jnp.arange(B), lengths].set(pending, mode="drop")
-        scores = _match_scores(history, lengths, self.max_ngram)
+        matched = _matched(history, lengths, self.max_ngram)
+        scores = jnp.where(matched > 0, matched * S + jnp.arange(S)[None, :], 0)
         first = jnp.roll(history, -1, axis=1)
         chains, found = [], []
         for _ in range(W):
@@ -97,16 +117,29 @@ class NgramDrafter:
             chains.append(jnp.take_along_axis(history, jnp.clip(best[:, None] + 1 + steps, 0, S - 1), axis=1))
             found.append(score > 0)
             scores = jnp.where(first == chains[-1][:, :1], 0, scores)
-        return self._grow(pending, jnp.stack(chains, 1), jnp.stack(found, 1))
+        worth = self._worth(jnp.max(matched, axis=1))
+        return self._grow_tree(pending, jnp.stack(chains, 1), jnp.stack(found, 1), worth), state
 
-    def _grow(
-        self, pending: Int[Array, " B"], chains: Int[Array, "B W D"], found: Bool[Array, "B W"]
+    def _worth(self, matched: Int[Array, " B"]) -> Int[Array, " B"]:
+        """Nodes, root included, that a match of so many tokens may fill."""
+        if not self.ladder:
+            return jnp.full_like(matched, self.num_nodes)
+        nodes, matches = (jnp.asarray(x, jnp.int32) for x in zip((1, 0), *self.ladder, strict=True))
+        return nodes[jnp.sum(matched[:, None] >= matches[None, 1:], axis=1)]
+
+    def _grow_tree(
+        self,
+        pending: Int[Array, " B"],
+        chains: Int[Array, "B W D"],
+        found: Bool[Array, "B W"],
+        worth: Int[Array, " B"],
     ) -> Tree:
-        """Keep the T - 1 best nodes of the branches that were found, parents before children."""
+        """Keep the ``worth - 1`` best nodes of the branches that were found, parents before children."""
         B, W, D = chains.shape
         ahead = jnp.asarray(_nodes_ahead(W, D, self.decay, self.branch_decay))
         rank = jnp.einsum("bv,wdv->bwd", found.astype(jnp.int32), ahead)
-        slot = jnp.where(found[:, :, None], rank + 1, self.num_nodes)
+        kept = found[:, :, None] & (rank + 1 < worth[:, None, None])
+        slot = jnp.where(kept, rank + 1, self.num_nodes)
         parent = jnp.concatenate([jnp.zeros((B, W, 1), jnp.int32), slot[:, :, :-1]], axis=2)
         depth = jnp.broadcast_to(jnp.arange(1, D + 1, dtype=jnp.int32), (B, W, D))
         rows = jnp.arange(B)[:, None]
@@ -122,17 +155,16 @@ class NgramDrafter:
         return Tree(tokens=tokens, parents=place(zero, parent), depths=place(zero, depth))
 
 
-def _match_scores(history: Int[Array, "B S"], lengths: Int[Array, " B"], max_ngram: int) -> Int[Array, "B S"]:
-    """``(matched length) * S + position`` where a suffix of the row also ends earlier, else 0."""
-    S = history.shape[1]
-    columns = jnp.arange(S)[None, :]
+def _matched(history: Int[Array, "B S"], lengths: Int[Array, " B"], max_ngram: int) -> Int[Array, "B S"]:
+    """How many tokens that end at each position, before the last, equal the row's last ones."""
+    columns = jnp.arange(history.shape[1])[None, :]
     matching = columns < lengths[:, None]
     matched = jnp.zeros(history.shape, jnp.int32)
     for back in range(max_ngram):
         suffix = jnp.take_along_axis(history, jnp.maximum(lengths[:, None] - back, 0), axis=1)
         matching = matching & (jnp.roll(history, back, axis=1) == suffix) & (columns >= back)
         matched = matched + matching.astype(jnp.int32)
-    return jnp.where(matched > 0, matched * S + columns, 0)
+    return matched
 
 
 @functools.cache

@@ -1,81 +1,117 @@
-"""What the engine asks of a drafter. A new drafter is one file that implements this."""
+"""What the engine asks of a drafter. A new drafter is one file with one subclass of `Drafter`."""
 
-from typing import Any, Protocol, runtime_checkable
+import abc
+import dataclasses
+from typing import Any
 
 import jax
 from jaxtyping import Array, Int
 
+from specmemo_jax.llama.kv import KVCache
+from specmemo_jax.llama.model import Llama
+from specmemo_jax.llama.packing import Target
 from specmemo_jax.memory.buffers import Buffer
 from specmemo_jax.speculate.tree import Tree
 
-State = Any  # a pytree of device arrays, the drafter's own
+State = Any  # a pytree of device arrays that lead with the batch axis, the drafter's own
 
 
-@runtime_checkable
-class Drafter(Protocol):
-    """Proposes a tree of ``num_nodes`` candidates a row, none deeper than ``max_depth``.
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What a drafter may look at while it is traced.
 
-    All methods but `init` and `buffers` are pure and traced inside the engine's jitted
-    programs. The engine owns the state and donates it.
+    ``weights``: what its `Drafter.weights` gave. ``model`` and ``cache``: the target's, the
+    cache ``[B, K, S, D]`` a layer as committed; both are read and never written.
     """
 
-    @property
-    def name(self) -> str:
-        """How it is called in tables and messages."""
-        ...
+    weights: Any
+    model: Llama
+    cache: KVCache
+    platform: str
 
-    @property
-    def num_nodes(self) -> int:
-        """T, root included."""
-        ...
+
+class Drafter(abc.ABC):
+    """Proposes a tree of at most ``num_nodes`` candidates a row and a step.
+
+    Three methods are needed: `init`, `observe` and `propose`; the rest has defaults. `observe`
+    and `propose` are pure and traced inside the engine's programs; the engine owns the state
+    and donates it. A drafter is an argument of compiled programs' caches: make it a frozen
+    dataclass, so that equal ones share programs.
+    """
+
+    name: str = "drafter"
+    num_nodes: int  # T, root included
 
     @property
     def max_depth(self) -> int:
         """Levels below the root."""
-        ...
+        return self.num_nodes - 1
 
     @property
     def is_chain(self) -> bool:
         """Every tree is one path in node order, so that accepted nodes need no gathering."""
-        ...
+        return False
 
-    def init(self, batch: int, context: int) -> State:
-        """Allocate the state for ``batch`` rows of at most ``context`` tokens."""
-        ...
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Numbers of nodes that verification is compiled for, rising to ``num_nodes``.
 
+        A step takes the first that covers the filled nodes of every row's tree, so a drafter
+        that fills few nodes when it knows little saves the rest of the work.
+        """
+        return (self.num_nodes,)
+
+    @abc.abstractmethod
+    def init(self, batch: int, capacity: int) -> State:
+        """Allocate the state for ``batch`` rows of at most ``capacity`` positions."""
+
+    @abc.abstractmethod
     def observe(
         self,
+        view: View,
         state: State,
-        tokens: Int[Array, "B C"],
-        starts: Int[Array, " B"],
-        counts: Int[Array, " B"],
+        rows: Int[Array, " R"],
+        tokens: Int[Array, "R C"],
+        starts: Int[Array, " R"],
+        counts: Int[Array, " R"],
     ) -> State:
-        """Learn committed tokens: ``tokens[b, :counts[b]]`` stand at positions from ``starts[b]`` on.
+        """Learn committed tokens: ``tokens[r, :counts[r]]`` of row ``rows[r]``, from position ``starts[r]``.
 
-        Chunks of any width; the tokens of a row come in order, and a position may be told again.
+        Chunks of any width; a row's tokens come in order, and a position may be told again
+        (a row that starts anew is told from position 0).
         """
-        ...
 
-    def propose(self, state: State, pending: Int[Array, " B"], lengths: Int[Array, " B"]) -> Tree:
+    @abc.abstractmethod
+    def propose(
+        self, view: View, state: State, pending: Int[Array, " B"], lengths: Int[Array, " B"]
+    ) -> tuple[Tree, State]:
         """A tree rooted in ``pending``, the token at position ``lengths[b]`` (after all observed ones)."""
-        ...
+
+    def grow(self, state: State, capacity: int) -> State:
+        """The same state with room for ``capacity`` positions; called by the host between steps."""
+        return state
 
     def truncate(self, state: State, lengths: Int[Array, " B"]) -> State:
-        """Forget everything from position ``lengths[b]`` on."""
-        ...
+        """Forget everything from position ``lengths[b]`` on. Nothing to do where it is never read."""
+        return state
 
-    def buffers(self, batch: int, context: int) -> tuple[Buffer, ...]:
-        """Every device buffer that `init` allocates, for the memory model."""
-        ...
+    def weights(self, target: Target) -> Any:
+        """Device arrays that the programs take as an argument; called once, after the plan is made."""
+        return ()
 
+    def buffers(self, batch: int, capacity: int) -> tuple[Buffer, ...]:
+        """Every device buffer of `init` and `weights`, for the memory model; here those of `init`."""
+        leaves = jax.tree.leaves_with_path(jax.eval_shape(lambda: self.init(batch, capacity)))
+        return tuple(
+            Buffer(
+                f"{self.name} state{jax.tree_util.keystr(path)}",
+                leaf.shape,
+                leaf.dtype.name,
+                leaf.size * leaf.dtype.itemsize,
+            )
+            for path, leaf in leaves
+        )
 
-def select_row(state: State, row: Int[Array, ""]) -> State:
-    """One row of a state whose leaves all lead with the batch axis."""
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), state)
-
-
-def update_row(state: State, new: State, row: Int[Array, ""]) -> State:
-    """Put back what `select_row` took."""
-    return jax.tree.map(
-        lambda leaf, part: jax.lax.dynamic_update_slice_in_dim(leaf, part, row, 0), state, new
-    )
+    def temporary_bytes(self, batch: int, capacity: int) -> int:
+        """A bound on what `observe` and `propose` need beside their arguments, for the memory model."""
+        return 0

@@ -14,11 +14,11 @@ NEG_INF = -1e30
 
 def tree_attention(
     q: Float[Array, "B T N D"],
-    k_new: Float[Array, "B T K D"],
-    v_new: Float[Array, "B T K D"],
+    k_new: Float[Array, "B K M D"],
+    v_new: Float[Array, "B K M D"],
     k_cache: Array,
     v_cache: Array,
-    ancestors: Bool[Array, "B T T"],
+    ancestors: Bool[Array, "B T M"],
     lengths: Int[Array, " B"],
     dtype: jnp.dtype,
     precision: jax.lax.Precision | None,
@@ -26,8 +26,8 @@ def tree_attention(
     """Scaled dot-product attention, grouped heads, scores and softmax in float32.
 
     ``k_cache`` and ``v_cache`` are ``[B, K, S, D]``, of which row ``b`` uses the first
-    ``lengths[b]``; ``ancestors[b, i, j]`` says that node ``i`` sees node ``j`` (itself
-    included).
+    ``lengths[b]``; ``ancestors[b, i, j]`` says that node ``i`` of T sees node ``j`` of M, of
+    which the T are the last (itself included).
     """
     B, T, N, D = q.shape
     K, S = k_cache.shape[1], k_cache.shape[2]
@@ -39,12 +39,11 @@ def tree_attention(
         )
 
     q = (q * D**-0.5).reshape(B, T, K, G, D).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
-    k_new, v_new = k_new.transpose(0, 2, 1, 3), v_new.transpose(0, 2, 1, 3)
     past = dot("bkqd,bksd->bkqs", q, k_cache)
-    tree = dot("bkqd,bktd->bkqt", q, k_new).reshape(B, K, G, T, T)
+    tree = dot("bkqd,bktd->bkqt", q, k_new).reshape(B, K, G, T, -1)
     committed = jnp.arange(S)[None, :] < lengths[:, None]
     past = jnp.where(committed[:, None, None, :], past, NEG_INF)
-    tree = jnp.where(ancestors[:, None, None], tree, NEG_INF).reshape(B, K, G * T, T)
+    tree = jnp.where(ancestors[:, None, None], tree, NEG_INF).reshape(B, K, G * T, -1)
     top = jnp.maximum(past.max(-1, keepdims=True), tree.max(-1, keepdims=True))
     past, tree = jnp.exp(past - top), jnp.exp(tree - top)
     total = past.sum(-1, keepdims=True) + tree.sum(-1, keepdims=True)

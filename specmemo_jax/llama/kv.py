@@ -22,6 +22,13 @@ def init_cache(num_layers: int, shape: tuple[int, int, int, int], dtype: jnp.dty
     return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(num_layers))
 
 
+def select_rows(cache: KVCache, rows: Int[Array, " R"]) -> KVCache:
+    """Some rows of a cache, a copy unless it has only one."""
+    if cache[0][0].shape[0] == 1:
+        return cache
+    return jax.tree.map(lambda buffer: buffer[rows], cache)
+
+
 def write(
     cache: KVCache, new: NewKV, starts: Int[Array, " R"], rows: Int[Array, " R"], platform: str
 ) -> KVCache:

@@ -77,16 +77,20 @@ def forward(
     cache: KVCache,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    ancestors: Bool[Array, "B T T"],
+    ancestors: Bool[Array, "B T M"],
     lengths: Int[Array, " B"],
     platform: str,
+    earlier: NewKV | None = None,
 ) -> tuple[Float[Array, "B T H"], NewKV]:
     """Run the target on T nodes a row: prefill with causal ``ancestors``, verification with a tree's.
 
     Returns the hidden states after the final norm (float32; `logits` turns rows of
     them into logits) and each layer's new keys and values ``[B, K, T, D]``, which are
     not yet in ``cache`` (``[B, K, S, D]`` a layer; the first ``lengths[b]`` slots of row
-    ``b`` are read).
+    ``b`` are read). A cache of fewer layers than the model has runs only those.
+
+    ``earlier``: keys and values of M - T nodes from earlier calls that are not in the cache
+    either; they come before the T new ones in ``ancestors``.
     """
     config, dtype = model.config, model.dtype
     N, K, D = config.num_heads, config.num_kv_heads, config.head_dim
@@ -95,14 +99,18 @@ def forward(
     cos, sin = rope_tables(config, positions)
     x = model.embed_tokens[...][tokens].astype(jnp.float32)
     new = []
-    for block, (k_cache, v_cache) in zip(model.layers, cache, strict=True):
+    for i, (k_cache, v_cache) in enumerate(cache):
+        block = model.layers[i]
         qkv = block.self_attn.qkv_proj(block.input_layernorm(x), platform).reshape(B, T, N + 2 * K, D)
         qk, v = rotate(qkv[:, :, : N + K], cos, sin), qkv[:, :, N + K :]
         q, k = qk[:, :, :N], qk[:, :, N:]
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        new.append((k, v))
+        if earlier is not None:
+            k, v = (jnp.concatenate(pair, axis=2) for pair in zip(earlier[i], (k, v), strict=True))
         attended = tree_attention(q, k, v, k_cache, v_cache, ancestors, lengths, dtype, precision)
         x = x + block.self_attn.o_proj(attended, platform)
         x = x + block.mlp(block.post_attention_layernorm(x), platform)
-        new.append((k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
     return model.norm(x), tuple(new)
 
 

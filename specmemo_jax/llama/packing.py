@@ -39,12 +39,17 @@ class Target:
 
     def merge(self, leaves: Sequence[jax.Array]) -> Llama:
         """The NNX model over ``leaves``."""
-        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, leaves))
+        return merge(self.graph, self.tree, leaves)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the packed weights."""
         return sum(leaf.nbytes for leaf in self.leaves)
+
+
+def merge(graph: Any, tree: Any, leaves: Sequence[jax.Array]) -> Llama:
+    """The NNX model of `abstract_model`'s ``graph`` and ``tree`` over ``leaves``."""
+    return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
 
 
 def packed_name(name: str) -> tuple[str, int]:

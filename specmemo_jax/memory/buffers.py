@@ -28,6 +28,10 @@ class DraftCost(Protocol):
         """Levels below the root."""
         ...
 
-    def buffers(self, batch: int, context: int) -> tuple[Buffer, ...]:
-        """Device buffers it keeps for ``batch`` rows of ``context`` tokens."""
+    def buffers(self, batch: int, capacity: int) -> tuple[Buffer, ...]:
+        """Device buffers it keeps for ``batch`` rows of ``capacity`` positions, weights included."""
+        ...
+
+    def temporary_bytes(self, batch: int, capacity: int) -> int:
+        """A bound on what drafting needs while a program runs."""
         ...

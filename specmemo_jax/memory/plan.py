@@ -15,6 +15,7 @@ from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.memory.buffers import Buffer, DraftCost
 
 MAX_STOP_IDS = 8
+MAX_BAD_WORDS = (16, 8)  # token sequences a row, and tokens of the longest
 PREFILL_CHUNKS = (128, 32)
 FIRST_CAPACITY = 256
 
@@ -38,6 +39,7 @@ class MemoryPlan:
     tree_nodes: int
     max_depth: int
     max_stop_ids: int
+    max_bad_words: tuple[int, int]
     buffers: tuple[Buffer, ...]
     temporary_bytes: int
 
@@ -147,13 +149,18 @@ def _plan(
             dtype.name,
             config.num_layers * 2 * math.prod(kv_shape) * item,
         ),
-        Buffer("rows", (batch, 4 + MAX_STOP_IDS), "int32", batch * (4 * 3 + 4 * MAX_STOP_IDS + 1)),
+        Buffer("rows", (batch,), "settings", batch * _row_bytes()),
+        Buffer("seen tokens", (batch, config.vocab_size), "int32", batch * config.vocab_size * 4),
     ]
     if drafter is not None:
         buffers.extend(drafter.buffers(batch, largest))
     temporary = max(
-        _temporaries(config, batch, nodes, largest), _temporaries(config, 1, max(chunks), largest)
+        program_temporaries(config, batch, nodes, largest),
+        program_temporaries(config, 1, max(chunks), largest),
     )
+    temporary += 4 * 12 * batch * config.vocab_size  # sampling
+    if drafter is not None:
+        temporary += drafter.temporary_bytes(batch, largest)
     if batch > 1:  # prefill works on a copy of one row
         temporary += 2 * config.num_layers * math.prod(kv_shape[1:]) * item
     return MemoryPlan(
@@ -167,12 +174,22 @@ def _plan(
         tree_nodes=nodes,
         max_depth=depth,
         max_stop_ids=MAX_STOP_IDS,
+        max_bad_words=MAX_BAD_WORDS,
         buffers=tuple(buffers),
         temporary_bytes=temporary,
     )
 
 
-def _temporaries(config: LlamaConfig, batch: int, nodes: int, capacity: int) -> int:
+def _row_bytes() -> int:
+    """What `specmemo_jax.speculate.rows.Rows` holds a row, beside the seen tokens."""
+    words, longest = MAX_BAD_WORDS
+    own = 4 + 4 + 1  # lengths, pending, done
+    limits = 4 + 4 * MAX_STOP_IDS  # left, stop_ids
+    sampling = 6 * 4 + 4 + 4 + 8 + 4 * words * longest  # factors, top_k, min_length, key, bad_words
+    return own + limits + sampling + 4 * (longest - 1)  # and the answer's recent tokens
+
+
+def program_temporaries(config: LlamaConfig, batch: int, nodes: int, capacity: int) -> int:
     """Coarse bound of a program's temporaries: float32 scores three times, activations, logits, new KV."""
     rows = batch * nodes
     scores = 3 * rows * config.num_heads * (capacity + nodes)

@@ -4,8 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from specmemo_jax.llama.kv import Leaf
+from specmemo_jax.speculate.sampling import History, Sampling, choose, remember
 from specmemo_jax.speculate.tree import Tree
 
 
@@ -43,3 +45,67 @@ def accept_greedy(
     path = jnp.argmax(on_path[:, None, :] & (tree.depths[:, None, :] == levels), axis=-1).astype(jnp.int32)
     counts = jnp.take_along_axis(tree.depths, last[:, None], axis=1)[:, 0] + 1
     return Accepted(path=path, emitted=jnp.take_along_axis(choices, path, axis=1), counts=counts)
+
+
+def accept_sampled(
+    tree: Tree,
+    logits: Float[Array, "B T V"],
+    sampling: Sampling,
+    history: History,
+    stop_ids: Int[Array, "B E"],
+    lengths: Int[Array, " B"],
+    live: Bool[Array, " B"],
+    max_depth: int,
+) -> tuple[Accepted, History]:
+    """Walk from the root to the child that carries the target's own draw, until there is none.
+
+    At each node the target draws its next token (`choose`); if a child carries it the walk goes
+    there, else the token is the bonus. Every emitted token is so a draw from the target's own
+    distribution, whatever the tree proposes, and costs are paid only at the nodes visited.
+    """
+    B, T = tree.tokens.shape
+    P = max_depth + 1
+    nodes = jnp.arange(T)[None, :]
+
+    def step(carry: Walk) -> Walk:
+        here = jnp.take_along_axis(logits, carry.node[:, None, None], axis=1)[:, 0]
+        token = choose(here, sampling, carry.history, stop_ids, lengths + carry.depth + 1)
+        child = (tree.parents == carry.node[:, None]) & (tree.tokens == token[:, None]) & (nodes > 0)
+        column = jnp.where(carry.live, carry.depth, P)
+        rows = jnp.arange(B)
+        return Walk(
+            depth=carry.depth + 1,
+            node=jnp.argmax(child, axis=1).astype(jnp.int32),
+            live=carry.live & jnp.any(child, axis=1),
+            path=carry.path.at[rows, column].set(carry.node, mode="drop"),
+            emitted=carry.emitted.at[rows, column].set(token, mode="drop"),
+            counts=carry.counts + carry.live.astype(jnp.int32),
+            history=remember(carry.history, token, carry.live),
+        )
+
+    zeros = jnp.zeros((B,), jnp.int32)
+    start = Walk(
+        depth=jnp.int32(0),
+        node=zeros,
+        live=live,
+        path=jnp.zeros((B, P), jnp.int32),
+        emitted=jnp.zeros((B, P), jnp.int32),
+        counts=zeros,
+        history=history,
+    )
+    end = jax.lax.while_loop(lambda carry: (carry.depth < P) & jnp.any(carry.live), step, start)
+    return Accepted(path=end.path, emitted=end.emitted, counts=end.counts), end.history
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """How far `accept_sampled` has come; ``live`` rows still have a node to leave."""
+
+    depth: Leaf
+    node: Leaf
+    live: Leaf
+    path: Leaf
+    emitted: Leaf
+    counts: Leaf
+    history: History

@@ -12,7 +12,9 @@ from specmemo_jax.llama.config import LlamaConfig, token_ids
 
 @dataclasses.dataclass(frozen=True)
 class GenerationDefaults:
-    """End tokens and the sampling settings that the model's authors chose; None where they chose none."""
+    """End tokens and the sampling settings that the model's authors chose (``temperature`` 0: greedy);
+    None where they chose none.
+    """
 
     eos_token_ids: tuple[int, ...]
     temperature: float | None = None
@@ -44,7 +46,7 @@ def _from_dict(raw: Any, config: LlamaConfig) -> GenerationDefaults:
         raise ConfigError(f"expected a JSON object, found {type(raw).__name__}")
     eos = token_ids(raw.get("eos_token_id"), "eos_token_id") or config.eos_token_ids
     if raw.get("do_sample") is False:
-        return GenerationDefaults(eos)  # greedy by its authors' word, whatever else stands there
+        return GenerationDefaults(eos, temperature=0.0)  # by its authors' word, whatever else stands there
     temperature, top_p = _positive(raw, "temperature"), _positive(raw, "top_p")
     if top_p is not None and top_p > 1:
         raise ConfigError(f"top_p must lie in (0, 1], found {top_p}")

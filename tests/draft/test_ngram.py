@@ -7,12 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specmemo_jax.draft import NgramDrafter, make_drafter
+from specmemo_jax.draft import NgramDrafter, View, make_drafter
 from specmemo_jax.draft.ngram import chain
 from specmemo_jax.errors import ConfigError
+from specmemo_jax.llama.model import Llama
 from specmemo_jax.speculate.tree import NO_TOKEN
+from specmemo_jax.testing import TINY
 
 S = 24
+VIEW = View((), Llama(TINY, jnp.dtype("float32")), (), "cpu")
 
 
 @functools.cache
@@ -22,8 +25,9 @@ def program(drafter):
     @jax.jit
     def run(tokens, counts, pending):
         state = drafter.init(len(tokens), S)
-        state = drafter.observe(state, tokens, jnp.zeros_like(counts), counts)
-        return drafter.propose(state, pending, counts)
+        rows = jnp.arange(len(tokens))
+        state = drafter.observe(VIEW, state, rows, tokens, jnp.zeros_like(counts), counts)
+        return drafter.propose(VIEW, state, pending, counts)[0]
 
     return run
 

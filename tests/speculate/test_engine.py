@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specmemo_jax.draft import NgramDrafter
+from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, Shape
 from specmemo_jax.draft.ngram import chain
 from specmemo_jax.llama.packing import pack
-from specmemo_jax.memory.buffers import Buffer
-from specmemo_jax.memory.plan import make_plan
-from specmemo_jax.speculate.engine import Engine, RowLog, chunk_starts
+from specmemo_jax.memory.plan import MAX_BAD_WORDS, make_plan
+from specmemo_jax.sampling_params import SamplingParams
+from specmemo_jax.serve import device_sampling
+from specmemo_jax.speculate.engine import Engine, Request, RowLog, chunk_starts
 from specmemo_jax.speculate.tree import Tree
 from specmemo_jax.testing import TINY, tiny_llama
 
@@ -25,6 +26,31 @@ def target_in(dtype):
     return pack(TINY, iter(tiny_llama().items()), jnp.dtype(dtype))
 
 
+SMALL = dataclasses.replace(TINY, num_layers=1, hidden_size=16, ffn_size=24, num_heads=2, num_kv_heads=1)
+STRANGER = pack(SMALL, iter(tiny_llama(SMALL, seed=5).items()), jnp.dtype("bfloat16"))
+ITSELF = target_in("float32")
+DRAFTERS = {
+    "vanilla": None,
+    "tree4": NgramDrafter(4),
+    "tree8": NgramDrafter(8),
+    "tree16": NgramDrafter(16, branches=5),
+    "chain2": chain(2),
+    "chain8": chain(8),
+    "ladder": NgramDrafter(8, ladder=((3, 1), (8, 2))),
+    "model, chain": DraftModel.of(STRANGER, Shape.of(4)),
+    "model, tree": DraftModel.of(STRANGER, Shape(9, depth=3, branches=3)),
+    "itself, chain": DraftModel.of(ITSELF, Shape.of(5)),
+    "itself, tree": DraftModel.of(ITSELF, Shape(8, depth=4, branches=2)),
+    "self, chain": SelfDrafter(1, Shape.of(4)),
+    "self, tree": SelfDrafter(1, Shape(8, depth=3, branches=3)),
+}
+# Every drafter in a batch, one of each kind alone: programs take seconds to compile.
+GRID = [
+    *((name, 4) for name in DRAFTERS),
+    *((name, 1) for name in ("tree8", "ladder", "model, tree", "self, chain")),
+]
+
+
 @functools.cache
 def engine_for(drafter, batch, context, dtype):
     """One engine for all tests that ask for the same: a closed one keeps its compiled programs."""
@@ -34,9 +60,21 @@ def engine_for(drafter, batch, context, dtype):
 
 
 def generate(
-    drafter, prompts, *, batch=1, max_tokens=40, stop_ids=(), dtype="float32", context=256, steps=8
+    drafter,
+    prompts,
+    *,
+    batch=1,
+    max_tokens=40,
+    stop_ids=(),
+    sampling=None,
+    dtype="float32",
+    context=256,
+    steps=8,
 ) -> list[RowLog]:
-    """All prompts through an engine, slots refilled as they come free; logs in prompt order."""
+    """All prompts through an engine, slots refilled as they come free; logs in prompt order.
+
+    ``sampling``: a list of SamplingParams (with seeds), one a prompt.
+    """
     engine = engine_for(drafter, batch, context, dtype)
     waiting, logs = list(range(len(prompts))), {}
     slots: list[int | None] = [None] * batch
@@ -45,7 +83,9 @@ def generate(
             for row, slot in enumerate(slots):
                 if slot is None and waiting:
                     slots[row] = place = waiting.pop(0)
-                    engine.admit(row, prompts[place], max_tokens, stop_ids)
+                    engine.admit(
+                        row, request(prompts[place], max_tokens, stop_ids, sampling and sampling[place])
+                    )
             engine.burst(steps)
             for row, log in enumerate(engine.rows):
                 if log is not None and log.finished:
@@ -55,13 +95,21 @@ def generate(
     return [logs[i] for i in range(len(prompts))]
 
 
+def request(prompt, max_tokens, stop_ids, params) -> Request:
+    if params is None or params.is_plain:
+        return Request(prompt, max_tokens, stop_ids)
+    bad_words = np.full(MAX_BAD_WORDS, -1, np.int32)
+    bad_words[0, -2:] = 32, 65  # a sequence that vanilla says
+    return Request(prompt, max_tokens, stop_ids, device_sampling(params, prompt, params.seed, bad_words))
+
+
 @pytest.fixture(scope="module")
 def vanilla():
     return [log.new_ids for log in generate(None, PROMPTS)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Foresight:
+class Foresight(Drafter):
     """Knows each row's future and hides it among random nodes of a random tree.
 
     ``truth[b]`` are the row's right ids. With chance ``p`` a node continues its parent's right
@@ -72,26 +120,14 @@ class Foresight:
     num_nodes: int
     p: float
     seed: int
-    name: str = "foresight"
-    is_chain: bool = False
 
-    @property
-    def max_depth(self):
-        return self.num_nodes - 1
-
-    def init(self, batch, context):
+    def init(self, batch, capacity):
         return jnp.zeros((batch, 1), jnp.int32)
 
-    def buffers(self, batch, context):
-        return (Buffer("foresight", (batch, 1), "int32", 4 * batch),)
-
-    def observe(self, state, tokens, starts, counts):
+    def observe(self, view, state, rows, tokens, starts, counts):
         return state
 
-    def truncate(self, state, lengths):
-        return state
-
-    def propose(self, state, pending, lengths):
+    def propose(self, view, state, pending, lengths):
         rng = np.random.default_rng(self.seed)
         parents, depths, right = [0], [0], [True]
         for node in range(1, self.num_nodes):
@@ -112,20 +148,68 @@ class Foresight:
         def tile(x):
             return jnp.broadcast_to(jnp.asarray(x, jnp.int32), (B, self.num_nodes))
 
-        return Tree(tokens=tokens, parents=tile(parents), depths=tile(depths))
+        return Tree(tokens=tokens, parents=tile(parents), depths=tile(depths)), state
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize(
-    "drafter",
-    [None, NgramDrafter(4), NgramDrafter(8), NgramDrafter(16, branches=5), chain(2), chain(8)],
-    ids=["vanilla", "tree4", "tree8", "tree16", "chain2", "chain8"],
-)
-def test_equal_to_vanilla(drafter, batch, vanilla):
-    logs = generate(drafter, PROMPTS, batch=batch)
+@pytest.mark.parametrize(("name", "batch"), GRID)
+def test_equal_to_vanilla(name, batch, vanilla):
+    logs = generate(DRAFTERS[name], PROMPTS, batch=batch)
     assert [log.new_ids for log in logs] == vanilla
     for log in logs:
         assert sum(log.accepted_lengths) == len(log.new_ids) - 1
+
+
+SAMPLED = {
+    "temperature 0.7": {"temperature": 0.7},
+    "temperature 1": {"temperature": 1.0},
+    "top_p": {"top_p": 0.9},
+    "top_k": {"top_k": 40},
+    "min_p": {"min_p": 0.05},
+    "repetition": {"temperature": 0, "repetition_penalty": 1.1},
+    "frequency": {"temperature": 0.3, "frequency_penalty": 0.3, "presence_penalty": -0.2, "min_tokens": 9},
+    "together": {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1},
+}
+
+
+@functools.cache
+def sampled_vanilla():
+    return {name: [log.new_ids for log in sampled(None, 1, fields)] for name, fields in SAMPLED.items()}
+
+
+def sampled(drafter, batch, fields, order=(0, 1, 2, 3, 4)):
+    params = [SamplingParams(seed=2**40 + i, **fields) for i in order]
+    prompts = [PROMPTS[i] for i in order]
+    return generate(drafter, prompts, batch=batch, max_tokens=24, stop_ids=(32,), sampling=params)
+
+
+@pytest.mark.parametrize(("name", "batch"), GRID)
+def test_sampled_equal_to_sampled_vanilla(name, batch):
+    """Seed by seed the same tokens, whatever is guessed, and whoever sits beside."""
+    for fields, want in zip(SAMPLED.values(), sampled_vanilla().values(), strict=True):
+        order = (0, 1, 2, 3, 4) if batch == 1 else (3, 0, 4, 2, 1)
+        logs = sampled(DRAFTERS[name], batch, fields, order)
+        assert [log.new_ids for log in logs] == [want[i] for i in order]
+
+
+def test_rows_of_many_kinds_do_not_disturb_each_other(vanilla):
+    """Greedy rows beside sampled ones say what they say alone, and so do those."""
+    names = ["repetition", "together", "top_k"]
+    want = [vanilla[0][:24], *(sampled_vanilla()[name][i] for i, name in enumerate(names, 1))]
+    params = [None, *(SamplingParams(seed=2**40 + i, **SAMPLED[name]) for i, name in enumerate(names, 1))]
+    for drafter in (DRAFTERS["tree8"], DRAFTERS["itself, tree"]):
+        logs = generate(drafter, PROMPTS[:4], batch=4, max_tokens=24, sampling=params)
+        for log, ids in zip(logs, want, strict=True):
+            assert log.new_ids[: len(ids)] == ids
+
+
+def test_a_draft_that_is_the_target_is_always_right(vanilla):
+    """Every chain is accepted to its end, so the draft's cache holds what the target's does; a tree
+    holds at least the likeliest token.
+    """
+    for log in generate(DRAFTERS["itself, chain"], PROMPTS, batch=4, max_tokens=36):
+        assert set(log.accepted_lengths) == {5}
+    for log in generate(DRAFTERS["itself, tree"], PROMPTS, batch=4, max_tokens=36):
+        assert min(log.accepted_lengths[:-1]) >= 2
 
 
 @pytest.mark.parametrize(("num_nodes", "p", "seed"), [(6, 0.8, 0), (9, 0.8, 1), (12, 0.7, 2), (7, 1.0, 3)])

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from random_trees import ancestors_of, trees, walk
 
 from specmemo_jax.speculate.accept import Accepted, accept_greedy
-from specmemo_jax.speculate.step import Rows, cut
+from specmemo_jax.speculate.rows import Rows, Settings, cut
+from specmemo_jax.speculate.sampling import empty_history, greedy_sampling
 from specmemo_jax.speculate.tree import Tree, ancestor_mask
 
 T = 9
@@ -54,12 +55,13 @@ def test_mask_and_acceptance_equal_the_plain_walk(rows, seed):
     done=st.booleans(),
 )
 def test_a_row_emits_nothing_past_its_stop_or_budget(emitted, count, left, stop_ids, done):
+    ends = jnp.array([stop_ids + [-1] * (3 - len(stop_ids))])
     rows = Rows(
         lengths=jnp.array([7]),
         pending=jnp.array([0]),
-        left=jnp.array([left]),
-        stop_ids=jnp.array([stop_ids + [-1] * (3 - len(stop_ids))]),
         done=jnp.array([done]),
+        settings=Settings(left=jnp.array([left]), stop_ids=ends, sampling=greedy_sampling(1, (1, 2))),
+        history=empty_history(1, 5, 1),
     )
     accepted = Accepted(
         path=jnp.zeros((1, 6), jnp.int32), emitted=jnp.array([emitted]), counts=jnp.array([count])

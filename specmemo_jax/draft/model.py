@@ -1,0 +1,264 @@
+"""Language models as drafters: a smaller Llama with a cache of its own, or the target's own first layers."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from specmemo_jax.draft.lookahead import Shape, lookahead
+from specmemo_jax.draft.protocol import Drafter, State, View
+from specmemo_jax.errors import ConfigError
+from specmemo_jax.llama import kv
+from specmemo_jax.llama.config import LlamaConfig
+from specmemo_jax.llama.kv import Leaf
+from specmemo_jax.llama.model import forward
+from specmemo_jax.llama.packing import Target, abstract_model, merge
+from specmemo_jax.memory.buffers import Buffer
+from specmemo_jax.memory.plan import program_temporaries
+from specmemo_jax.speculate.tree import Tree
+
+
+class _Drafted(Drafter):
+    """What both drafters are: trees of one `Shape`, always filled."""
+
+    shape: Shape
+
+    @property
+    def num_nodes(self) -> int:
+        """T, root included."""
+        return self.shape.num_nodes
+
+    @property
+    def max_depth(self) -> int:
+        """Levels that the draft looks ahead."""
+        return self.shape.depth
+
+    @property
+    def is_chain(self) -> bool:
+        """One branch."""
+        return self.shape.branches == 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DraftState:
+    """``cache``: the draft's own, ``[B, K, S + depth, D]`` a layer; ``known`` ``[B]``: positions it
+    holds of each row; ``unread`` ``[B, depth]``: committed tokens after those.
+    """
+
+    cache: kv.KVCache
+    known: Leaf
+    unread: Leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftModel(_Drafted):
+    """Any Llama with the target's vocabulary as the drafter (arXiv 2211.17192, 2302.01318).
+
+    Args:
+        config: the draft's.
+        load: gives the packed weights; called once, after the plan was made.
+        shape: the tree it proposes.
+        dtype: of its weights and its cache.
+        vocab_size: the target's; ids from there on are never proposed.
+        name: what tables and messages call it.
+
+    Its cache holds committed tokens only. A step costs ``depth`` passes: the first reads what the
+    last step committed together with the pending token, so that nothing is read twice and a
+    rejected branch is never in the cache.
+    """
+
+    config: LlamaConfig
+    load: Callable[[], Target]
+    shape: Shape
+    dtype: str
+    vocab_size: int
+    name: str = "draft model"
+
+    @classmethod
+    def of(cls, draft: Target, shape: Shape, vocab_size: int | None = None) -> "DraftModel":
+        """A drafter of weights that are packed already."""
+        vocab_size = vocab_size or draft.config.vocab_size
+        return cls(draft.config, lambda: draft, shape, draft.dtype.name, vocab_size)
+
+    def weights(self, target: Target) -> Any:
+        """The packed weights, loaded now."""
+        return self.load().leaves
+
+    def init(self, batch: int, capacity: int) -> State:
+        """An empty cache; ``depth`` slots more, for the last prompt chunk with what was unread before it."""
+        config = self.config
+        shape = (batch, config.num_kv_heads, capacity + self.max_depth, config.head_dim)
+        return DraftState(
+            cache=kv.init_cache(config.num_layers, shape, jnp.dtype(self.dtype)),
+            known=jnp.zeros((batch,), jnp.int32),
+            unread=jnp.zeros((batch, self.max_depth), jnp.int32),
+        )
+
+    def grow(self, state: State, capacity: int) -> State:
+        """Pad the cache."""
+        return dataclasses.replace(state, cache=kv.grow(state.cache, capacity + self.max_depth))
+
+    def buffers(self, batch: int, capacity: int) -> tuple[Buffer, ...]:
+        """Weights, cache and the unread tokens."""
+        config, item = self.config, jnp.dtype(self.dtype).itemsize
+        shape = (
+            config.num_layers,
+            2,
+            batch,
+            config.num_kv_heads,
+            capacity + self.max_depth,
+            config.head_dim,
+        )
+        return (
+            Buffer("draft weights", (config.num_params,), self.dtype, config.num_params * item),
+            Buffer("draft KV", shape, self.dtype, int(np.prod(shape)) * item),
+            Buffer("draft unread", (batch, 1 + self.max_depth), "int32", 4 * batch * (1 + self.max_depth)),
+        )
+
+    def temporary_bytes(self, batch: int, capacity: int) -> int:
+        """Its passes, the widest of them at a time, beside the nodes' keys and values."""
+        nodes = self.max_depth + 1 + self.max_depth * self.shape.branches
+        return program_temporaries(self.config, batch, nodes, capacity + self.max_depth)
+
+    def observe(
+        self,
+        view: View,
+        state: State,
+        rows: Int[Array, " R"],
+        tokens: Int[Array, "R C"],
+        starts: Int[Array, " R"],
+        counts: Int[Array, " R"],
+    ) -> State:
+        """Read a prompt's chunk now; keep a step's few tokens for the next `propose`."""
+        if tokens.shape[1] > self.max_depth + 1:
+            return self._read(view, state, rows, tokens, starts, counts)
+        # `propose` has read up to the pending token, the first of these.
+        return dataclasses.replace(state, unread=jnp.pad(tokens, ((0, 0), (0, 1)))[:, 1 : self.max_depth + 1])
+
+    def _read(
+        self,
+        view: View,
+        state: DraftState,
+        rows: Int[Array, " R"],
+        tokens: Int[Array, "R C"],
+        starts: Int[Array, " R"],
+        counts: Int[Array, " R"],
+    ) -> DraftState:
+        """One pass over what is still unread before ``starts`` and the chunk."""
+        U, C = state.unread.shape[1], tokens.shape[1]
+        gap = starts - state.known[rows]
+        gap = jnp.where(gap > 0, gap, 0)
+        begin, columns = starts - gap, jnp.arange(U + C)[None, :]
+        both = jnp.concatenate([state.unread[rows], tokens], axis=1)
+        from_chunk = columns - gap[:, None] + U
+        both = jnp.take_along_axis(
+            both, jnp.minimum(jnp.where(columns < gap[:, None], columns, from_chunk), U + C - 1), axis=1
+        )
+        model, cache = self._merge(view), kv.select_rows(state.cache, rows)
+        causal = jnp.broadcast_to(jnp.tril(jnp.ones((1, U + C, U + C), bool)), (len(rows), U + C, U + C))
+        hidden, new = forward(model, cache, both, begin[:, None] + columns, causal, begin, view.platform)
+        # Always true; it ties the write to the end of all reads (see kv.write).
+        begin = jnp.where(hidden[:, 0, 0] < jnp.inf, begin, 0)
+        return dataclasses.replace(
+            state,
+            cache=kv.write(state.cache, new, begin, rows, view.platform),
+            known=state.known.at[rows].set(starts + counts),
+        )
+
+    def propose(
+        self, view: View, state: State, pending: Int[Array, " B"], lengths: Int[Array, " B"]
+    ) -> tuple[Tree, State]:
+        """Read what is unread and ``pending``, then look ahead."""
+        known = jnp.minimum(state.known, lengths)
+        tree, read = lookahead(
+            self._merge(view),
+            state.cache,
+            known,
+            state.unread,
+            lengths - known,
+            pending,
+            self.shape,
+            self.vocab_size,
+            view.platform,
+        )
+        # Always true; it ties the write to the end of all reads (see kv.write).
+        starts = jnp.where(tree.tokens[:, -1] >= 0, known, 0)
+        cache = kv.write(state.cache, read, starts, jnp.arange(len(starts)), view.platform)
+        return tree, dataclasses.replace(state, cache=cache, known=lengths + 1)
+
+    def truncate(self, state: State, lengths: Int[Array, " B"]) -> State:
+        """Positions from there on are unknown again; the tokens before them that were unread stay so."""
+        return dataclasses.replace(state, known=jnp.minimum(state.known, lengths))
+
+    def _merge(self, view: View) -> Any:
+        graph, tree, _ = abstract_model(self.config, jnp.dtype(self.dtype))
+        return merge(graph, tree, view.weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfDrafter(_Drafted):
+    """The target's own first ``layers`` as the draft (early exit, arXiv 2404.16710), through its own
+    last norm and head.
+
+    It costs no weights and no cache: the first layers' committed keys and values are the target's.
+    """
+
+    layers: int
+    shape: Shape
+
+    def __post_init__(self) -> None:
+        if self.layers < 1:
+            raise ConfigError(f"self:{self.layers}: at least one of the target's layers is needed")
+
+    @property
+    def name(self) -> str:
+        """``self:k``."""
+        return f"self:{self.layers}"
+
+    def init(self, batch: int, capacity: int) -> State:
+        """Nothing."""
+        return ()
+
+    def observe(
+        self,
+        view: View,
+        state: State,
+        rows: Int[Array, " R"],
+        tokens: Int[Array, "R C"],
+        starts: Int[Array, " R"],
+        counts: Int[Array, " R"],
+    ) -> State:
+        """Nothing: the target has read them."""
+        return state
+
+    def weights(self, target: Target) -> Any:
+        """None of its own. Raises ConfigError where the target has fewer layers."""
+        if self.layers >= target.config.num_layers:
+            raise ConfigError(
+                f"{self.name}: the target has {target.config.num_layers} layers; "
+                f"fewer than that would work as its draft"
+            )
+        return ()
+
+    def propose(
+        self, view: View, state: State, pending: Int[Array, " B"], lengths: Int[Array, " B"]
+    ) -> tuple[Tree, State]:
+        """Look ahead over the target's cache."""
+        nothing = jnp.zeros((pending.shape[0], 0), jnp.int32)
+        tree, _ = lookahead(
+            view.model,
+            view.cache[: self.layers],
+            lengths,
+            nothing,
+            jnp.zeros_like(lengths),
+            pending,
+            self.shape,
+            view.model.config.vocab_size,
+            view.platform,
+        )
+        return tree, state

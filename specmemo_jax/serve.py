@@ -1,0 +1,179 @@
+"""Requests through the engine: slots are filled, bursts run, answers end and come out piece by piece."""
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+
+import numpy as np
+
+from specmemo_jax.memory.plan import MemoryPlan
+from specmemo_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from specmemo_jax.sampling_params import SamplingParams
+from specmemo_jax.speculate.engine import Engine, Request, RowLog
+from specmemo_jax.speculate.sampling import Sampling
+from specmemo_jax.text import AnswerText
+
+
+@dataclasses.dataclass
+class Job:
+    """One prompt on its way: what was asked, its row's `Request`, its text so far (None without a
+    tokenizer), and the `RequestOutput` once it ends.
+    """
+
+    id: str
+    prompt: str | None
+    request: Request
+    params: SamplingParams
+    text: AnswerText | None = None
+    taken: int = 0  # ids that belong to the answer so far
+    started: float = 0.0
+    first_token: float = 0.0
+    output: RequestOutput | None = None
+
+    def read(self, log: RowLog) -> bool:
+        """Take in what the row has emitted; whether the answer has ended."""
+        new = log.new_ids[self.taken :]
+        if self.text is None:
+            self.taken += len(new)
+        else:
+            self.taken += self.text.feed(new)
+            if self.text.stop_reason is not None:
+                return True
+        return log.finished
+
+    def finish(self, log: RowLog, now: float, aborted: bool = False) -> None:
+        """Make the output of what the answer holds; ``aborted`` if it did not end by itself."""
+        ids = tuple(log.new_ids[: self.taken])
+        stop_reason: str | int | None = None
+        reason = "abort" if aborted else "length"
+        if self.text is not None:
+            self.text.finish()
+            stop_reason = self.text.stop_reason
+        if stop_reason is not None:
+            reason = "stop"
+        elif not aborted and ids and ids[-1] in log.stop_ids:
+            reason = "stop"
+            stop_reason = ids[-1] if ids[-1] in (self.params.stop_token_ids or ()) else None
+        accepted = _first(log.accepted_lengths, len(ids) - 1)
+        metrics = RequestMetrics(
+            steps=len(accepted),
+            accepted_lengths=accepted,
+            time_to_first_token_s=self.first_token - self.started,
+            decode_s=now - self.first_token if accepted else 0.0,
+        )
+        text = "" if self.text is None else self.text.text
+        answer = CompletionOutput(0, text, ids, reason, stop_reason)
+        prompt_ids = tuple(log.ids[: log.num_prompt])
+        self.output = RequestOutput(self.id, self.prompt, prompt_ids, (answer,), metrics, not aborted)
+
+
+def serve(engine: Engine, jobs: Sequence[Job], burst: int = 8) -> Generator[Job, None, None]:
+    """Run all ``jobs``, in as many rows as the plan has; yields a job whenever its answer has grown.
+
+    It has ended where its ``output`` is set, and comes no more. Closing the iterator early ends
+    the live ones with the reason ``"abort"`` and frees their rows.
+    """
+    waiting = deque(jobs)
+    slots: list[Job | None] = [None] * engine.plan.batch
+    if jobs:
+        engine.prepare([job.request for job in jobs])
+    try:
+        while waiting or any(slots):
+            for row, slot in enumerate(slots):
+                if slot is None and waiting:
+                    job = slots[row] = waiting.popleft()
+                    job.started = time.perf_counter()
+                    engine.admit(row, job.request)
+                    job.first_token = time.perf_counter()
+            engine.burst(burst)
+            now = time.perf_counter()
+            for row, job in enumerate(slots):
+                log = engine.rows[row]
+                if job is None or log is None:
+                    continue
+                if job.read(log):
+                    job.finish(engine.release(row), now)
+                    slots[row] = None
+                yield job
+    finally:
+        for row, job in enumerate(slots):
+            log = engine.rows[row]
+            if job is not None and log is not None:
+                job.finish(engine.release(row), time.perf_counter(), aborted=True)
+
+
+class TextStream:
+    """An answer that is being generated: an iterator over its text pieces; a context manager.
+
+    Their sum is the answer's text. Leaving early (`close`, the end of a ``with``, Ctrl-C) ends the
+    request; ``output`` then holds what there is, with the finish reason ``"abort"``.
+    """
+
+    def __init__(self, running: Generator[Job, None, None], job: Job):
+        self._running, self._job = running, job
+
+    @property
+    def output(self) -> RequestOutput | None:
+        """The request's outcome, once it has ended."""
+        return self._job.output
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        assert self._job.text is not None
+        for _ in self._running:
+            if piece := self._job.text.piece():
+                return piece
+        if piece := self._job.text.piece():
+            return piece
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the request; nothing happens if it has ended."""
+        self._running.close()
+
+    def __enter__(self) -> "TextStream":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def device_sampling(
+    params: SamplingParams, prompt: Sequence[int], seed: int, bad_words: np.ndarray
+) -> Sampling:
+    """What a row's device settings are for ``params``: host scalars, and ``bad_words`` ``[W, L]``."""
+    greedy = params.is_greedy
+    return Sampling(
+        temperature=np.float32(0 if greedy else params.temperature),
+        top_p=np.float32(1 if greedy else params.top_p),
+        top_k=np.int32(params.top_k if params.top_k > 0 and not greedy else np.iinfo(np.int32).max),
+        min_p=np.float32(0 if greedy else params.min_p),
+        repetition=np.float32(params.repetition_penalty),
+        presence=np.float32(params.presence_penalty),
+        frequency=np.float32(params.frequency_penalty),
+        key=np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32),
+        min_length=np.int32(len(prompt) + params.min_tokens),
+        bad_words=bad_words,
+    )
+
+
+def pad_bad_words(words: Sequence[Sequence[int]], plan: MemoryPlan) -> np.ndarray:
+    """Token sequences right-aligned in the plan's ``[W, L]``, padded with -1; they must fit."""
+    padded = np.full(plan.max_bad_words, -1, np.int32)
+    for row, word in zip(padded, words, strict=False):
+        row[-len(word) :] = word
+    return padded
+
+
+def _first(accepted_lengths: Sequence[int], tokens: int) -> tuple[int, ...]:
+    """The steps that emitted the first ``tokens`` tokens, the last of them cut where it went beyond."""
+    kept, left = [], tokens
+    for length in accepted_lengths:
+        if left <= 0:
+            break
+        kept.append(min(length, left))
+        left -= kept[-1]
+    return tuple(kept)

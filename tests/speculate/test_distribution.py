@@ -1,0 +1,124 @@
+"""What is sampled has the target's own distribution: chi-square over 100,000 draws a drafter.
+
+Two tokens after a fixed prompt are drawn by the engine's own step, thousands of rows with seeds of
+their own at once, and counted against the product of the exact filtered distributions.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from specmemo_jax.draft import DraftModel, NgramDrafter, SelfDrafter, Shape
+from specmemo_jax.llama import kv
+from specmemo_jax.llama.model import forward, logits
+from specmemo_jax.llama.packing import pack
+from specmemo_jax.memory.plan import make_plan
+from specmemo_jax.sampling_params import SamplingParams
+from specmemo_jax.serve import device_sampling, pad_bad_words
+from specmemo_jax.speculate import step
+from specmemo_jax.speculate.accept import Accepted
+from specmemo_jax.speculate.engine import Engine, Request
+from specmemo_jax.speculate.sampling import choose, remember
+from specmemo_jax.testing import TINY, tiny_llama
+
+V = 11
+CONFIG = dataclasses.replace(TINY, vocab_size=V, max_context=64)
+TARGET = pack(CONFIG, iter(tiny_llama(CONFIG, seed=3).items()), jnp.dtype("float32"))
+OTHER = pack(CONFIG, iter(tiny_llama(CONFIG, seed=4).items()), jnp.dtype("float32"))
+PROMPT = [1, 2, 3, 4, 1, 2, 5, 1, 2]  # what follows 1 2 has been seen twice
+PARAMS = SamplingParams(temperature=0.9, top_p=0.97, top_k=9, seed=0)
+ROWS, DRAWS = 4096, 102_400
+DRAFTERS = {
+    "ngram": NgramDrafter(6),
+    "another model": DraftModel.of(OTHER, Shape(7, depth=3, branches=2)),
+    "itself": DraftModel.of(TARGET, Shape.of(4)),
+    "self:1": SelfDrafter(1, Shape(6, depth=2, branches=3)),
+}
+
+
+@functools.cache
+def distribution(ids):
+    """The filtered next-token distribution after ``ids``, by sorting."""
+    model, T = TARGET.merge(TARGET.leaves), len(ids)
+    empty = kv.init_cache(CONFIG.num_layers, (1, 2, 8, 8), TARGET.dtype)
+    causal = jnp.tril(jnp.ones((1, T, T), bool))
+    at = jnp.arange(T)[None]
+    hidden, _ = forward(model, empty, jnp.array([ids]), at, causal, jnp.zeros((1,), jnp.int32), "cpu")
+    z = np.asarray(logits(model, hidden[:, -1:], "cpu"), np.float64)[0, 0] / PARAMS.temperature
+    order = np.argsort(-z)[: PARAMS.top_k]
+    p = np.exp(z[order] - z[order[0]])
+    kept = order[np.concatenate([[0], np.cumsum(p / p.sum())[:-1]]) < PARAMS.top_p]
+    full = np.zeros(V)
+    full[kept] = np.exp(z[kept] - z[order[0]])
+    return full / full.sum()
+
+
+def draw(drafter):
+    """Counts ``[V, V]`` of the two tokens after the prompt and its pending token, and tokens a step."""
+    plan = make_plan(CONFIG, dtype=TARGET.dtype, platform="cpu", context=48, drafter=drafter)
+    engine = Engine(TARGET, drafter, plan)
+    sampling = device_sampling(PARAMS, PROMPT, 0, pad_bad_words((), plan))
+    pending = engine.admit(0, Request(PROMPT, 30, (), sampling))
+    many = jax.tree.map(lambda leaf: jnp.repeat(leaf, ROWS, axis=0), engine.take_state())
+    run = jax.jit(functools.partial(step.speculative_step, TARGET, drafter, True))
+    counts, emitted = np.zeros((V, V)), 0
+    for block in range(DRAWS // ROWS):
+        keys = jnp.stack([jnp.full((ROWS,), block, jnp.uint32), jnp.arange(ROWS, dtype=jnp.uint32)], axis=1)
+        settings = dataclasses.replace(
+            many.rows.settings, sampling=dataclasses.replace(many.rows.settings.sampling, key=keys)
+        )
+        state = dataclasses.replace(many, rows=dataclasses.replace(many.rows, settings=settings))
+        state, first = run(TARGET.leaves, engine.draft_weights, state)
+        state, second = run(TARGET.leaves, engine.draft_weights, state)
+        one, n, two = (np.asarray(x) for x in (first.tokens, first.counts, second.tokens))
+        np.add.at(counts, (one[:, 0], np.where(n > 1, one[:, min(1, one.shape[1] - 1)], two[:, 0])), 1)
+        emitted += int(n.sum())
+    engine.close()
+    return pending, counts, emitted / DRAWS
+
+
+def p_value(pending, counts):
+    ids = (*PROMPT, pending)
+    first = distribution(ids)
+    expected = DRAWS * np.stack(
+        [first[a] * (distribution((*ids, a)) if first[a] else np.zeros(V)) for a in range(V)]
+    )
+    assert counts[expected == 0].sum() == 0
+    seen, wanted = counts[expected > 0], expected[expected > 0]
+    rare = wanted < 8
+    seen, wanted = (np.append(x[~rare], x[rare].sum()) for x in (seen, wanted))
+    return stats.chi2.sf(((seen - wanted) ** 2 / np.maximum(wanted, 1e-9)).sum(), len(wanted) - 1)
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_distribution_is_the_target_s(name):
+    pending, counts, tokens_a_step = draw(DRAFTERS[name])
+    assert counts.sum() == DRAWS
+    assert tokens_a_step > 1.05  # the drafter was listened to
+    assert p_value(pending, counts) > 1e-4
+
+
+def accept_any_likely_child(tree, logits, sampling, history, stop_ids, lengths, live, max_depth):
+    """A wrong rule: the first child is taken with its own probability, else the target draws again
+    without taking the child out of its distribution.
+    """
+    rows = jnp.arange(tree.tokens.shape[0])
+    again = dataclasses.replace(sampling, key=sampling.key + jnp.uint32(1 << 20))
+    one = choose(logits[:, 0], sampling, history, stop_ids, lengths + 1)
+    child = (tree.parents[:, 1] == 0) & (tree.tokens[:, 1] == one)
+    one = jnp.where(child, one, choose(logits[:, 0], again, history, stop_ids, lengths + 1))
+    two = choose(logits[rows, 1], sampling, history, stop_ids, lengths + 2)
+    path = jnp.zeros((len(rows), max_depth + 1), jnp.int32).at[:, 1].set(1)
+    emitted = jnp.zeros((len(rows), max_depth + 1), jnp.int32).at[:, 0].set(one).at[:, 1].set(two)
+    return Accepted(path, emitted, jnp.where(child, 2, 1)), remember(history, one, live)
+
+
+def test_a_wrong_rule_is_found_out(monkeypatch):
+    monkeypatch.setattr(step, "accept_sampled", accept_any_likely_child)
+    pending, counts, _ = draw(DRAFTERS["ngram"])
+    assert p_value(pending, counts) < 1e-4
