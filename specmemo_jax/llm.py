@@ -77,7 +77,8 @@ class LLM:
         self.generation_defaults = opened.generation_defaults
         device = jax.devices()[0]
         chosen = jnp.dtype(default_dtype(device) if dtype == "auto" else _dtype(dtype))
-        if isinstance(drafter, str | Path) and is_model_name(drafter):
+        self._own_draft = is_model_name(drafter)
+        if is_model_name(drafter):
             shape = default_shape(tree_nodes, device.platform)
             self.drafter: Drafter | None = open_draft_model(drafter, opened, shape, chosen, device)
         else:
@@ -106,7 +107,8 @@ class LLM:
     def close(self) -> None:
         """Free the cache and the weights on the device. The object cannot be used again."""
         self.engine.close()
-        for leaf in (*jax.tree.leaves(self.engine.draft_weights), *self.target.leaves):
+        drafted = jax.tree.leaves(self.engine.draft_weights) if self._own_draft else ()
+        for leaf in (*drafted, *self.target.leaves):
             leaf.delete()
 
     @property

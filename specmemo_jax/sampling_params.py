@@ -146,7 +146,7 @@ class SamplingParams:
     def is_plain(self) -> bool:
         """The answer is the argmax of the target's own logits, untouched."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        untouched = penalties == (1, 0, 0) and not self.bad_words and self.min_tokens <= 1
+        untouched = penalties == (1, 0, 0) and not self.bad_words and self.min_tokens == 0
         return self.is_greedy and untouched
 
     def end_ids(self, eos_ids: tuple[int, ...]) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ def test_plain_is_only_what_changes_nothing():
     changes = (
         {"repetition_penalty": 1.1},
         {"presence_penalty": 0.1},
-        {"min_tokens": 2},
+        {"min_tokens": 1},
         {"bad_words": ["x"]},
     )
     for change in changes:

@@ -1,6 +1,8 @@
 """Drafters, one file each, behind one protocol."""
 
 import re
+from pathlib import Path
+from typing import TypeGuard
 
 from specmemo_jax.draft.lookahead import Shape
 from specmemo_jax.draft.model import DraftModel, SelfDrafter
@@ -43,10 +45,11 @@ def make_drafter(
     raise ConfigError(f"drafter {drafter!r} is not known; auto, ngram, self:K, none or a model would work")
 
 
-def is_model_name(drafter: object) -> bool:
+def is_model_name(drafter: object) -> TypeGuard[str | Path]:
     """Whether a drafter is named that `make_drafter` does not know: a draft model's name, folder or file."""
-    known = drafter in ("auto", "ngram", "none") or str(drafter).startswith("self:")
-    return isinstance(drafter, str) and not known
+    if isinstance(drafter, Path):
+        return True
+    return isinstance(drafter, str) and drafter not in ("auto", "ngram", "none") and drafter[:5] != "self:"
 
 
 def default_shape(tree_nodes: int | None, platform: str) -> Shape:

@@ -1,10 +1,12 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specmemo_jax.draft import NgramDrafter
+from specmemo_jax.draft import DraftModel, NgramDrafter, SelfDrafter, Shape
 from specmemo_jax.errors import CapacityError, ConfigError
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.memory.budget import parse_bytes
@@ -16,24 +18,51 @@ from specmemo_jax.testing import TINY, tiny_llama
 F32 = jnp.dtype("float32")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("batch", "drafter"), [(1, None), (1, NgramDrafter(16)), (3, NgramDrafter(8))])
-def test_plan_against_the_compiler(batch, drafter, dtype):
-    """Persistent buffers to the byte, temporaries from above, the whole state aliased."""
+SMALL = dataclasses.replace(TINY, num_layers=1, hidden_size=16, ffn_size=24, num_heads=2, num_kv_heads=1)
+DRAFT = pack(SMALL, iter(tiny_llama(SMALL).items()), jnp.dtype("bfloat16"))
+DRAFTERS = {
+    "none": None,
+    "ngram": NgramDrafter(16),
+    "ladder": NgramDrafter(8, ladder=((4, 1), (8, 2))),
+    "draft model": DraftModel.of(DRAFT, Shape(8, 3, 3)),
+    "self": SelfDrafter(1, Shape(6, 2, 3)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "dtype"),
+    [
+        ("none", 1, "float32"),
+        ("none", 1, "bfloat16"),
+        ("ngram", 1, "float32"),
+        ("ngram", 3, "bfloat16"),
+        ("ladder", 1, "float32"),
+        ("draft model", 1, "float32"),
+        ("draft model", 3, "bfloat16"),
+        ("self", 3, "float32"),
+    ],
+)
+def test_plan_against_the_compiler(name, batch, dtype):
+    """Persistent buffers to the byte, temporaries from above, the whole state aliased, sampled or greedy."""
+    drafter = DRAFTERS[name]
     target = pack(TINY, iter(tiny_llama().items()), jnp.dtype(dtype))
     plan = make_plan(TINY, dtype=target.dtype, platform="cpu", batch=batch, drafter=drafter)
     engine = Engine(target, drafter, plan)
     largest = plan.capacities[-1]
     state = engine.abstract_state(largest)
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    draft_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.draft_weights))
     assert target.num_bytes == plan.weights_bytes
-    assert sum(b.bytes for b in plan.buffers) == target.num_bytes + state_bytes
-    step = compiled_memory(engine.step_program(largest))
-    assert step.aliased >= state_bytes
-    assert step.peak <= plan.peak_bytes
-    prefill = compiled_memory(engine.prefill_program(largest, plan.chunks[0]))
-    assert prefill.aliased >= state_bytes
-    assert prefill.peak <= plan.peak_bytes
+    assert sum(b.bytes for b in plan.buffers) == target.num_bytes + draft_bytes + state_bytes
+    for sampled in (False, True):
+        programs = [
+            engine.step_program(largest, sampled),
+            engine.prefill_program(largest, plan.chunks[0], sampled),
+        ]
+        for program in programs:
+            figures = compiled_memory(program)
+            assert figures.aliased >= state_bytes
+            assert figures.peak <= plan.peak_bytes
 
 
 def test_shapes_are_the_plans():
