@@ -34,10 +34,10 @@ PROMPT = [1, 2, 3, 4, 1, 2, 5, 1, 2]  # what follows 1 2 has been seen twice
 PARAMS = SamplingParams(temperature=0.9, top_p=0.97, top_k=9, seed=0)
 ROWS, DRAWS = 4096, 102_400
 DRAFTERS = {
-    "ngram": NgramDrafter(6),
-    "another model": DraftModel.of(OTHER, Shape(7, depth=3, branches=2)),
-    "itself": DraftModel.of(TARGET, Shape.of(4)),
-    "self:1": SelfDrafter(1, Shape(6, depth=2, branches=3)),
+    "ngram": NgramDrafter(5),
+    "another model": DraftModel.of(OTHER, Shape(6, depth=2, branches=3)),
+    "itself": DraftModel.of(TARGET, Shape.of(3)),
+    "self:1": SelfDrafter(1, Shape(5, depth=2, branches=2)),
 }
 
 

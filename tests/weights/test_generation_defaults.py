@@ -24,7 +24,7 @@ def test_without_a_file_the_config_tells(tmp_path):
             {"eos_token_id": [1, 2], "do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50},
             GenerationDefaults((1, 2), 0.6, 0.9, 50),
         ),
-        ({"do_sample": False, "temperature": 0.6}, GenerationDefaults((7,))),
+        ({"do_sample": False, "temperature": 0.6}, GenerationDefaults((7,), temperature=0.0)),
     ],
 )
 def test_from_the_file(tmp_path, raw, expected):
