@@ -120,7 +120,8 @@ class LLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's authors chose (generation_config.json), and vLLM's defaults beside it."""
         defaults = self.generation_defaults
-        chosen = {"temperature": defaults.temperature, "top_p": defaults.top_p, "top_k": defaults.top_k}
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        chosen = {name: getattr(defaults, name) for name in names}
         return SamplingParams(**{name: value for name, value in chosen.items() if value is not None})
 
     def generate(
@@ -178,17 +179,16 @@ class LLM:
                 f"{len(given)} SamplingParams for {len(prompts)} prompts; give one, or one each"
             )
         jobs = [self._job(*pair, place) for place, pair in enumerate(zip(prompts, given, strict=True))]
-        for job in self._serve(jobs):
-            if job.output is not None and progress is not None:
-                progress(job.output)
+        with contextlib.closing(self._serve(jobs)) as running:
+            for job in running:
+                if job.output is not None and progress is not None:
+                    progress(job.output)
         return [job.output for job in jobs if job.output is not None]
 
     def _serve(self, jobs: Sequence[Job], burst: int = 8) -> Generator[Job, None, None]:
         """`serve`; a call that fails may have eaten its donated buffers, so the next starts afresh."""
         if any(row is not None for row in self.engine.rows):
-            raise RequestError(
-                "an answer is being streamed; reading it to its end, or closing it, would work"
-            )
+            raise RequestError("another call is still running; its end, or closing its stream, would work")
         try:
             with contextlib.closing(serve(self.engine, jobs, burst)) as running:
                 yield from running
@@ -201,6 +201,10 @@ class LLM:
     def _job(self, prompt: Prompt, params: SamplingParams, place: int) -> Job:
         """One prompt, checked, as the engine takes it."""
         ids = self._ids(prompt, place)
+        for token in params.stop_token_ids or ():
+            if token >= self.config.vocab_size:
+                most = self.config.vocab_size - 1
+                raise RequestError(f"stop_token_ids holds {token}; ids from 0 to {most} would work")
         request = Request(
             prompt=ids,
             max_tokens=self._max_tokens(ids, params, place),
@@ -225,7 +229,9 @@ class LLM:
                 f"bad_words make {len(words)} token sequences, the longest of {max(map(len, words))}; "
                 f"at most {most} of at most {longest} tokens work"
             )
-        seed = int(self._seeds.integers(2**63)) if params.seed is None else params.seed
+        seed = params.seed or 0
+        if params.seed is None and not params.is_greedy:
+            seed = int(self._seeds.integers(2**63))
         return device_sampling(params, ids, seed, pad_bad_words(words, self.plan))
 
     def _require_tokenizer(self, what: str = "texts") -> Tokenizer:

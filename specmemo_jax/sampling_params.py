@@ -10,6 +10,7 @@ from specmemo_jax.errors import RequestError
 from specmemo_jax.memory.plan import MAX_STOP_IDS
 
 GREEDY_BELOW = 1e-5  # a temperature below is greedy, as in vLLM
+NEUTRAL = {"n": 1, "best_of": 1, "use_beam_search": False}
 C = TypeVar("C", bound=type)
 
 
@@ -21,7 +22,10 @@ def _refuse_unknown(reasons: dict[str, str]) -> Callable[[C], C]:
 
         @functools.wraps(init)
         def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-            for name in kwargs.keys() - known:
+            for name in sorted(kwargs.keys() - known):
+                if kwargs[name] is None or kwargs[name] == NEUTRAL.get(name, ()):
+                    del kwargs[name]  # asks for nothing
+                    continue
                 reason = reasons.get(name, f"{', '.join(sorted(known))} work")
                 raise RequestError(f"SamplingParams has no {name}: {reason}")
             init(self, *args, **kwargs)
@@ -101,7 +105,7 @@ class SamplingParams:
         self._number("temperature", lambda x: x >= 0, "at least 0")
         self._number("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1")
         self._number("min_p", lambda x: 0 <= x <= 1, "from 0 to 1")
-        self._number("repetition_penalty", lambda x: x > 0, "above 0")
+        self._number("repetition_penalty", lambda x: 1e-6 <= x <= 1e6, "above 0 (from 1e-6 to 1e6)")
         for name in ("presence_penalty", "frequency_penalty"):
             self._number(name, lambda x: -2 <= x <= 2, "from -2 to 2")
         self._integer("top_k", lambda x: x >= -1, "0 or -1 (all tokens) or at least 1")

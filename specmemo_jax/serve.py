@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 
+from specmemo_jax.errors import RequestError
 from specmemo_jax.memory.plan import MemoryPlan
 from specmemo_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from specmemo_jax.sampling_params import SamplingParams
@@ -34,12 +35,12 @@ class Job:
     def read(self, log: RowLog) -> bool:
         """Take in what the row has emitted; whether the answer has ended."""
         new = log.new_ids[self.taken :]
-        if self.text is None:
-            self.taken += len(new)
-        else:
-            self.taken += self.text.feed(new)
+        ending = 1 if new and log.stopped else 0  # an end id is kept, and its text is not
+        if self.text is not None:
+            self.taken += self.text.feed(new[: len(new) - ending])
             if self.text.stop_reason is not None:
                 return True
+        self.taken = len(log.new_ids)
         return log.finished
 
     def finish(self, log: RowLog, now: float, aborted: bool = False) -> None:
@@ -50,9 +51,11 @@ class Job:
         if self.text is not None:
             self.text.finish()
             stop_reason = self.text.stop_reason
-        if stop_reason is not None:
+        if aborted:
+            stop_reason = None
+        elif stop_reason is not None:
             reason = "stop"
-        elif not aborted and ids and ids[-1] in log.stop_ids:
+        elif ids and ids[-1] in log.stop_ids:
             reason = "stop"
             stop_reason = ids[-1] if ids[-1] in (self.params.stop_token_ids or ()) else None
         accepted = _first(log.accepted_lengths, len(ids) - 1)
@@ -90,8 +93,10 @@ def serve(engine: Engine, jobs: Sequence[Job], burst: int = 8) -> Generator[Job,
             now = time.perf_counter()
             for row, job in enumerate(slots):
                 log = engine.rows[row]
-                if job is None or log is None:
+                if job is None:
                     continue
+                if log is None:
+                    raise RequestError("the model was closed while this answer was generated")
                 if job.read(log):
                     job.finish(engine.release(row), now)
                     slots[row] = None
@@ -100,14 +105,16 @@ def serve(engine: Engine, jobs: Sequence[Job], burst: int = 8) -> Generator[Job,
         for row, job in enumerate(slots):
             log = engine.rows[row]
             if job is not None and log is not None:
-                job.finish(engine.release(row), time.perf_counter(), aborted=True)
+                ended = job.read(log)
+                job.finish(engine.release(row), time.perf_counter(), aborted=not ended)
 
 
 class TextStream:
     """An answer that is being generated: an iterator over its text pieces; a context manager.
 
     Their sum is the answer's text. Leaving early (`close`, the end of a ``with``, Ctrl-C) ends the
-    request; ``output`` then holds what there is, with the finish reason ``"abort"``.
+    request; ``output`` then holds what there is, with the finish reason ``"abort"`` (None where no piece
+    was asked for).
     """
 
     def __init__(self, running: Generator[Job, None, None], job: Job):
@@ -149,7 +156,7 @@ def device_sampling(
     return Sampling(
         temperature=np.float32(0 if greedy else params.temperature),
         top_p=np.float32(1 if greedy else params.top_p),
-        top_k=np.int32(params.top_k if params.top_k > 0 and not greedy else np.iinfo(np.int32).max),
+        top_k=np.int32(min(params.top_k, 2**31 - 1) if params.top_k > 0 and not greedy else 2**31 - 1),
         min_p=np.float32(0 if greedy else params.min_p),
         repetition=np.float32(params.repetition_penalty),
         presence=np.float32(params.presence_penalty),

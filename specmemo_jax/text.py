@@ -12,7 +12,7 @@ class AnswerText:
 
     `feed` takes ids and stops at the one whose text completes a stop string; ``text`` is then
     cut before the string. Text that may yet become a stop string, or a character whose bytes are
-    not all there, is held back from `pieces` until it is known.
+    not all there, is held back from `piece` until it is known.
 
     Args:
         tokenizer: the model's.
@@ -34,13 +34,14 @@ class AnswerText:
         self._skip_special_tokens = skip_special_tokens
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._ids: list[int] = []
+        self._open: list[int] = []  # the last ids, whose text is not known yet
         self._shown = self._held = self._search_from = 0
 
     def feed(self, ids: Sequence[int]) -> int:
         """Take ids in; how many belong to the answer: all, or up to the one that completes a stop string."""
         for taken, token in enumerate(ids, 1):
             self._ids.append(token)
-            self._append(self._stream.step(self._tokenizer.fast.backend_tokenizer, token) or "")
+            self._append(self._step(token))
             if self.stop_reason is not None:
                 return taken
         return len(ids)
@@ -48,15 +49,33 @@ class AnswerText:
     def finish(self) -> None:
         """No more ids come: what was held back is text now, half a character too (as U+FFFD)."""
         if self.stop_reason is None:
-            whole = self._tokenizer.decode(self._ids, self._skip_special_tokens)
-            if whole.startswith(self.text):
-                self._append(whole[len(self.text) :])
+            self._append(self._rest())
         self._held = 0
 
     def piece(self) -> str:
         """What can be shown and was not yet."""
         start, self._shown = self._shown, len(self.text) - self._held
         return self.text[start : self._shown]
+
+    def _step(self, token: int) -> str:
+        """The text that ``token`` makes known, nothing while a character is not whole."""
+        backend, lost = self._tokenizer.fast.backend_tokenizer, ""
+        try:
+            piece = self._stream.step(backend, token)
+        except Exception:  # noqa: BLE001  # the library's own, bare: bytes that no token can make a character
+            lost = self._rest()
+            self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
+            piece = self._stream.step(backend, token)
+            self._open = []
+        self._open = [] if piece else [*self._open, token]
+        return lost + (piece or "")
+
+    def _rest(self) -> str:
+        """The text of the ids that made none yet, in its place among all where that can be told."""
+        whole = self._tokenizer.decode(self._ids, self._skip_special_tokens)
+        if len(self._open) and whole.startswith(self.text) and self._ids[-len(self._open) :] == self._open:
+            return whole[len(self.text) :]
+        return self._tokenizer.decode(self._open, self._skip_special_tokens)
 
     def _append(self, piece: str) -> None:
         if not self._stop or not piece:

@@ -34,6 +34,7 @@ from specmemo_jax.errors import RequestError
         ({"ignore_eos": "yes"}, "ignore_eos"),
         ({"n": 2}, "has no n: a prompt has one answer"),
         ({"logprobs": 1}, "has no logprobs"),
+        ({"repetition_penalty": 1e-50}, "repetition_penalty"),
         ({"temprature": 1}, "has no temprature: .*temperature"),
     ],
 )
@@ -50,6 +51,10 @@ def test_lists_and_single_strings():
     assert SamplingParams(stop=None, stop_token_ids=None, ignore_eos=True).end_ids((2,)) == ()
     with pytest.raises(RequestError, match="stop ids"):
         SamplingParams(stop_token_ids=range(9)).end_ids(())
+
+
+def test_fields_that_ask_for_nothing_are_let_through():
+    assert SamplingParams(n=1, logprobs=None, use_beam_search=False) == SamplingParams()  # type: ignore[call-arg]
 
 
 def test_plain_is_only_what_changes_nothing():

@@ -101,7 +101,7 @@ def test_a_stream_that_is_left_early():
     with llm.stream(PROMPTS[0], params) as stream:
         shown = next(stream) + next(stream)
         assert stream.output is None
-        with pytest.raises(RequestError, match="being streamed"):
+        with pytest.raises(RequestError, match="still running"):
             llm.generate([PROMPTS[1]], params)
     assert stream.output is not None
     answer = stream.output.outputs[0]
@@ -134,6 +134,15 @@ def test_an_interrupt_ends_a_stream_with_what_there_is(monkeypatch):
     assert llm.generate([PROMPTS[0]], params)[0].finished
 
 
+def test_a_stream_outlives_its_model_with_an_error():
+    with LLM(TINY, tiny_llama()) as llm:
+        llm.tokenizer = TOKENIZER
+        stream = llm.stream(PROMPTS[0], SamplingParams(temperature=0, max_tokens=60))
+        next(stream)
+    with pytest.raises(RequestError, match="was closed"):
+        list(stream)
+
+
 def test_reasons_are_vllm_s():
     llm = llm_with(drafted()["tree"])
     whole = plain_answer(0, FIELDS[0])
@@ -147,7 +156,14 @@ def test_reasons_are_vllm_s():
     assert reasons() == ("length", None)
     stop = whole.text[9:12]
     assert reasons(stop=stop) == ("stop", stop)
-    assert reasons(stop_token_ids=[whole.token_ids[4]]) == ("stop", whole.token_ids[4])
+    end = whole.token_ids[4]
+    assert reasons(stop_token_ids=[end]) == ("stop", end)
+    ended = SamplingParams(temperature=0, max_tokens=20, stop_token_ids=[end])
+    answer = llm.generate([PROMPTS[0]], ended)[0].outputs[0]
+    assert answer.token_ids[-1] == end
+    assert answer.text == TOKENIZER.decode(answer.token_ids[:-1])  # the id is kept, its text is not
+    with pytest.raises(RequestError, match="stop_token_ids holds 97"):
+        llm.generate([[1]], SamplingParams(stop_token_ids=[97]))
     eos = LLM(dataclasses.replace(TINY, eos_token_ids=(whole.token_ids[4],)), tiny_llama())
     answer = eos.generate([PROMPTS[0]], SamplingParams(temperature=0, max_tokens=20))[0].outputs[0]
     assert (answer.finish_reason, answer.stop_reason) == ("stop", None)

@@ -3,9 +3,13 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Core
+from tokenizers import decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from specmemo_jax.testing import tiny_tokenizer
 from specmemo_jax.text import AnswerText
+from specmemo_jax.tokenizer import Tokenizer
 
 TOKENIZER = tiny_tokenizer()
 SIZE = TOKENIZER.vocab_size
@@ -51,7 +55,11 @@ def test_pieces_add_up(data, ids):
 def test_stop_strings_are_found_wherever_they_span(data, ids):
     whole = stable_text(ids)
     spans = st.tuples(st.integers(0, max(len(whole) - 1, 0)), st.integers(1, 6))
-    stop = [s for at, n in data.draw(st.lists(spans, max_size=3)) if (s := whole[at : at + n])]
+    stop = [
+        s
+        for at, n in data.draw(st.lists(spans, max_size=3))
+        if (s := whole[at : at + n]) and "\ufffd" not in s
+    ]
     stop += data.draw(st.lists(st.sampled_from(["END", "abab", "never there", "日本", "ingthe"]), max_size=2))
     if not stop:
         return
@@ -85,3 +93,42 @@ def test_characters_are_never_split():
 def test_special_tokens(skip):
     answer, _, _ = stream([*TOKENIZER.encode("ab"), 0], [1, 1, 1], skip_special_tokens=skip)
     assert answer.text == ("ab" if skip else "ab<eos>")
+
+
+def byte_fallback():
+    """As Llama 2's: a piece a word, and a token a byte for the rest."""
+    pieces = ["▁the", "▁a", "b", "ing", "é", "日", "▁"]
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {p: 256 + i for i, p in enumerate(pieces)}
+    core = Core(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=core))
+
+
+BYTES = byte_fallback()
+fallback_ids = st.one_of(
+    st.integers(256, 262), st.sampled_from([0x0A, 0xF0, 0x9F, 0x99, 0x82, 0xC3, 0xA9, 0x41])
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(ids=st.lists(fallback_ids, max_size=30))
+def test_bytes_that_make_no_character_lose_nothing_else(ids):
+    answer = AnswerText(BYTES)
+    pieces = []
+    for token in ids:
+        answer.feed([token])
+        pieces.append(answer.piece())
+    answer.finish()
+    assert "".join([*pieces, answer.piece()]) == answer.text
+    assert [c for c in answer.text if c in "theaingb日"] == [
+        c for c in BYTES.decode(ids) if c in "theaingb日"
+    ]
+
+
+@given(st.text(alphabet="thea bing日é🙂\n", max_size=20))
+def test_fallback_text_comes_back_whole(text):
+    ids = [id for c in text for id in BYTES.fast.backend_tokenizer.encode(c, add_special_tokens=False).ids]
+    answer = AnswerText(BYTES)
+    answer.feed(ids)
+    answer.finish()
+    assert answer.text == BYTES.decode(ids)

@@ -55,15 +55,17 @@ def is_model_name(drafter: object) -> TypeGuard[str | Path]:
 def default_shape(tree_nodes: int | None, platform: str) -> Shape:
     """The tree of a draft that costs passes: a short chain on CPU, where nodes cost, else wider."""
     if platform == "cpu":
-        return Shape.of(tree_nodes or 4)
-    nodes = tree_nodes or FREE_NODES
-    return Shape.of(nodes, branches=min(4, nodes - 1), depth=min(5, nodes - 1))
+        return Shape.of(4 if tree_nodes is None else tree_nodes)
+    nodes = FREE_NODES if tree_nodes is None else tree_nodes
+    branches = max(1, min(4, nodes - 1))
+    depth = max(min(5, nodes - 1), 1 + -(-(nodes - 1 - branches) // branches**2))
+    return Shape.of(nodes, branches, depth)
 
 
 def _ngram(tree_nodes: int | None, platform: str, dtype: str) -> NgramDrafter:
     if platform != "cpu":
-        return NgramDrafter(tree_nodes or FREE_NODES)
+        return NgramDrafter(FREE_NODES if tree_nodes is None else tree_nodes)
     ladder = LADDERS.get(dtype, LADDERS["bfloat16"])
-    nodes = tree_nodes or ladder[-1][0]
+    nodes = ladder[-1][0] if tree_nodes is None else tree_nodes
     rungs = [rung for rung in ladder[:-1] if rung[0] < nodes]
     return NgramDrafter(nodes, branches=1, ladder=(*rungs, (nodes, ladder[len(rungs)][1])))

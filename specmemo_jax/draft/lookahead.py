@@ -114,7 +114,8 @@ def _with_self(visible: Bool[Array, "B k M"]) -> Bool[Array, "B k N"]:
 
 def _likeliest(scores: Float[Array, "B M V"], k: int) -> tuple[Int[Array, "B M k"], Float[Array, "B M k"]]:
     """The k likeliest next tokens and their log probabilities."""
-    total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)  # or a child could outrank its parent
+    total = jnp.maximum(jax.nn.logsumexp(scores, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
     if k == 1:
         best = jnp.argmax(scores, axis=-1, keepdims=True)
         return best.astype(jnp.int32), jnp.take_along_axis(scores, best, axis=-1) - total

@@ -18,7 +18,7 @@ from specmemo_jax.llama.kv import Leaf
 from specmemo_jax.llama.model import forward
 from specmemo_jax.llama.packing import Target, abstract_model, merge
 from specmemo_jax.memory.buffers import Buffer
-from specmemo_jax.memory.plan import program_temporaries
+from specmemo_jax.memory.plan import PREFILL_CHUNKS, program_temporaries
 from specmemo_jax.speculate.tree import Tree
 
 
@@ -79,6 +79,13 @@ class DraftModel(_Drafted):
     vocab_size: int
     name: str = "draft model"
 
+    def __post_init__(self) -> None:
+        if self.max_depth + 1 >= min(PREFILL_CHUNKS):  # `observe` tells a prompt's chunk by its width
+            raise ConfigError(
+                f"a draft model looks at most {min(PREFILL_CHUNKS) - 2} levels ahead, "
+                f"{self.max_depth} were asked for; fewer tree nodes would work"
+            )
+
     @classmethod
     def of(cls, draft: Target, shape: Shape, vocab_size: int | None = None) -> "DraftModel":
         """A drafter of weights that are packed already."""
@@ -120,10 +127,14 @@ class DraftModel(_Drafted):
             Buffer("draft unread", (batch, 1 + self.max_depth), "int32", 4 * batch * (1 + self.max_depth)),
         )
 
-    def temporary_bytes(self, batch: int, capacity: int) -> int:
-        """Its passes, the widest of them at a time, beside the nodes' keys and values."""
-        nodes = self.max_depth + 1 + self.max_depth * self.shape.branches
-        return program_temporaries(self.config, batch, nodes, capacity + self.max_depth)
+    def temporary_bytes(self, config: LlamaConfig, batch: int, capacity: int) -> int:
+        """The larger of a step's passes with all their nodes, and a prompt's chunk on a copy of one row."""
+        nodes, slots = self.max_depth + 1 + self.max_depth * self.shape.branches, capacity + self.max_depth
+        chunk = program_temporaries(self.config, 1, max(PREFILL_CHUNKS) + self.max_depth, slots)
+        if batch > 1:
+            row = 2 * self.config.num_layers * self.config.num_kv_heads * slots * self.config.head_dim
+            chunk += row * jnp.dtype(self.dtype).itemsize
+        return max(program_temporaries(self.config, batch, nodes, slots), chunk)
 
     def observe(
         self,
@@ -163,7 +174,7 @@ class DraftModel(_Drafted):
         causal = jnp.broadcast_to(jnp.tril(jnp.ones((1, U + C, U + C), bool)), (len(rows), U + C, U + C))
         hidden, new = forward(model, cache, both, begin[:, None] + columns, causal, begin, view.platform)
         # Always true; it ties the write to the end of all reads (see kv.write).
-        begin = jnp.where(hidden[:, 0, 0] < jnp.inf, begin, 0)
+        begin = jnp.where((hidden[:, 0, 0] < 0).astype(jnp.int32) >= 0, begin, 0)
         return dataclasses.replace(
             state,
             cache=kv.write(state.cache, new, begin, rows, view.platform),
@@ -223,6 +234,11 @@ class SelfDrafter(_Drafted):
     def init(self, batch: int, capacity: int) -> State:
         """Nothing."""
         return ()
+
+    def temporary_bytes(self, config: LlamaConfig, batch: int, capacity: int) -> int:
+        """Its passes, with all their nodes."""
+        nodes = 1 + self.max_depth * self.shape.branches
+        return program_temporaries(config, batch, nodes, capacity)
 
     def observe(
         self,

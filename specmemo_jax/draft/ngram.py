@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Int
 
 from specmemo_jax.draft.protocol import Drafter, State, View
 from specmemo_jax.errors import ConfigError
+from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.memory.buffers import Buffer
 from specmemo_jax.speculate.tree import NO_TOKEN, Tree
 
@@ -79,7 +80,7 @@ class NgramDrafter(Drafter):
         """The history."""
         return (Buffer("ngram history", (batch, capacity), "int32", 4 * batch * capacity),)
 
-    def temporary_bytes(self, batch: int, capacity: int) -> int:
+    def temporary_bytes(self, config: LlamaConfig, batch: int, capacity: int) -> int:
         """The history with its pending token, matches and scores."""
         return 8 * 4 * batch * capacity
 

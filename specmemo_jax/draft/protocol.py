@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Int
 
+from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.kv import KVCache
 from specmemo_jax.llama.model import Llama
 from specmemo_jax.llama.packing import Target
@@ -112,6 +113,6 @@ class Drafter(abc.ABC):
             for path, leaf in leaves
         )
 
-    def temporary_bytes(self, batch: int, capacity: int) -> int:
-        """A bound on what `observe` and `propose` need beside their arguments, for the memory model."""
+    def temporary_bytes(self, config: LlamaConfig, batch: int, capacity: int) -> int:
+        """A bound on what `observe` and `propose` need beside their arguments, for a target of ``config``."""
         return 0

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Protocol, runtime_checkable
 
+from specmemo_jax.llama.config import LlamaConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
@@ -32,6 +34,6 @@ class DraftCost(Protocol):
         """Device buffers it keeps for ``batch`` rows of ``capacity`` positions, weights included."""
         ...
 
-    def temporary_bytes(self, batch: int, capacity: int) -> int:
-        """A bound on what drafting needs while a program runs."""
+    def temporary_bytes(self, config: LlamaConfig, batch: int, capacity: int) -> int:
+        """A bound on what drafting for a target of ``config`` needs while a program runs."""
         ...

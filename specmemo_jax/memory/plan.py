@@ -160,7 +160,7 @@ def _plan(
     )
     temporary += 4 * 12 * batch * config.vocab_size  # sampling
     if drafter is not None:
-        temporary += drafter.temporary_bytes(batch, largest)
+        temporary += drafter.temporary_bytes(config, batch, largest)
     if batch > 1:  # prefill works on a copy of one row
         temporary += 2 * config.num_layers * math.prod(kv_shape[1:]) * item
     return MemoryPlan(

@@ -137,7 +137,7 @@ def _sampled(
     """
     logits = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
     top = jnp.max(logits, axis=1, keepdims=True)
-    least = top + jnp.log(sampling.min_p)[:, None]
+    least = jnp.where(sampling.min_p > 0, top[:, 0] + jnp.log(sampling.min_p), BANNED)[:, None]
     kept = (logits >= least) & (logits >= _top_k_threshold(logits, sampling.top_k)[:, None])
     mass = jnp.where(kept, jnp.exp(logits - top), 0.0)
     allowed = sampling.top_p * jnp.sum(mass, axis=1)
@@ -148,7 +148,9 @@ def _sampled(
         token = jnp.argmax(left, axis=1)
         logit = jnp.take_along_axis(logits, token[:, None], axis=1)
         likelier = jnp.sum(jnp.where(logits > logit, mass, 0.0), axis=1)
-        refused = (sampling.top_p < 1) & (likelier >= allowed)
+        # Neither the likeliest nor nothing is refused, so this ends, with logits that are no numbers, too.
+        some = (logit[:, 0] < top[:, 0]) & (jnp.max(left, axis=1) > BANNED)
+        refused = (sampling.top_p < 1) & (likelier >= allowed) & some
         return token.astype(jnp.int32), logit[:, 0], refused
 
     def again(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

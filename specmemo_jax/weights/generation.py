@@ -20,6 +20,8 @@ class GenerationDefaults:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
 
 
 def generation_defaults(folder: Path | None, config: LlamaConfig) -> GenerationDefaults:
@@ -53,7 +55,8 @@ def _from_dict(raw: Any, config: LlamaConfig) -> GenerationDefaults:
     top_k = raw.get("top_k")
     if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0):
         raise ConfigError(f"top_k must be a non-negative integer, found {top_k!r}")
-    return GenerationDefaults(eos, temperature, top_p, top_k)
+    min_p = _positive(raw, "min_p") if raw.get("min_p") else None
+    return GenerationDefaults(eos, temperature, top_p, top_k, min_p, _positive(raw, "repetition_penalty"))
 
 
 def _positive(raw: Mapping[str, Any], key: str) -> float | None:

@@ -131,6 +131,21 @@ def test_ids_outside_the_target_s_vocabulary_are_not_proposed():
     assert set(np.asarray(tree.tokens)[0].tolist()) <= set(range(6))
 
 
+def test_a_draft_that_is_no_number_still_gives_a_tree():
+    broken = tuple(jnp.full_like(leaf, jnp.nan) for leaf in TARGET.leaves)
+    drafter = DraftModel.of(dataclasses.replace(TARGET, leaves=broken), Shape(8, 3, 3))
+    propose = jax.jit(functools.partial(drafter.propose, view(drafter)))
+    tree, _ = propose(drafter.init(1, S), jnp.array([3]), jnp.array([0]))
+    tokens, parents, depths = (np.asarray(x)[0] for x in (tree.tokens, tree.parents, tree.depths))
+    assert (depths[1:] == depths[parents[1:]] + 1).all()
+    assert ((tokens >= 0) & (tokens < 19)).all()
+
+
+def test_chains_as_long_as_a_prompt_s_chunk_are_refused():
+    with pytest.raises(ConfigError, match="at most 30 levels"):
+        DraftModel.of(TARGET, Shape.of(32))
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 1), (9, 2, 2), (3, 0, 1)])
 def test_shapes_that_cannot_be(shape):
     with pytest.raises(ConfigError, match="nodes"):

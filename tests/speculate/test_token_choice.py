@@ -119,6 +119,17 @@ def test_ties_of_the_kth_are_kept_and_the_likeliest_always_is():
     assert {int(chosen(logits, narrow, *args, np.array([i], np.int32))[0]) for i in range(40)} == {9}
 
 
+def test_logits_that_are_not_numbers_end_too():
+    base = greedy_sampling(1, (W, L))
+    args = (empty_history(1, V, L - 1), np.full((1, E), -1, np.int32), np.array([5], np.int32))
+    for top_p, bad in ((0.9, np.nan), (0.9, np.inf), (1e-46, 0.0)):
+        logits = np.zeros((1, V), np.float32)
+        logits[0, 2] = bad
+        ones = jnp.ones((1,))
+        sampling = dataclasses.replace(base, temperature=ones, top_p=jnp.array([top_p], jnp.float32))
+        assert 0 <= int(chosen(logits, sampling, *args)[0]) < V
+
+
 def test_history_counts_what_live_rows_emit():
     history = empty_history(2, V, L - 1)
     live = jnp.array([True, False])
