@@ -254,7 +254,6 @@ def start_state(engine: Engine, capacity: int, batch: int) -> Any:
     rows = dataclasses.replace(
         state.rows,
         lengths=jnp.full((batch,), length, jnp.int32),
-        left=jnp.full((batch,), 10**6, jnp.int32),
         done=jnp.ones((batch,), bool),  # a done row computes all the same and stays where it is
     )
     draft = state.draft

@@ -113,8 +113,8 @@ class TextStream:
     """An answer that is being generated: an iterator over its text pieces; a context manager.
 
     Their sum is the answer's text. Leaving early (`close`, the end of a ``with``, Ctrl-C) ends the
-    request; ``output`` then holds what there is, with the finish reason ``"abort"`` (None where no piece
-    was asked for).
+    request; ``output`` then holds what there is, with the finish reason ``"abort"`` (None where it
+    had not begun).
     """
 
     def __init__(self, running: Generator[Job, None, None], job: Job):

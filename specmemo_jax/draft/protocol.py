@@ -78,6 +78,7 @@ class Drafter(abc.ABC):
     ) -> State:
         """Learn committed tokens: ``tokens[r, :counts[r]]`` of row ``rows[r]``, from position ``starts[r]``.
 
+        Leave ``view.cache`` alone here: it has just been written, and reading it would copy it.
         Chunks of any width; a row's tokens come in order, and a position may be told again
         (a row that starts anew is told from position 0).
         """
