@@ -49,7 +49,11 @@ class AnswerText:
     def finish(self) -> None:
         """No more ids come: what was held back is text now, half a character too (as U+FFFD)."""
         if self.stop_reason is None:
-            self._append(self._rest())
+            whole = self._tokenizer.decode(self._ids, self._skip_special_tokens)
+            if whole.startswith(self.text):
+                self._append(whole[len(self.text) :])
+            else:  # bytes that make no character were read on their own
+                self._append(self._tokenizer.decode(self._open, self._skip_special_tokens))
         self._held = 0
 
     def piece(self) -> str:
@@ -63,19 +67,14 @@ class AnswerText:
         try:
             piece = self._stream.step(backend, token)
         except Exception:  # noqa: BLE001  # the library's own, bare: bytes that no token can make a character
-            lost = self._rest()
+            lost = self._tokenizer.decode(self._open, self._skip_special_tokens)
+            self._open.clear()
             self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
             piece = self._stream.step(backend, token)
-            self._open = []
-        self._open = [] if piece else [*self._open, token]
+        self._open.append(token)
+        if piece:
+            self._open.clear()
         return lost + (piece or "")
-
-    def _rest(self) -> str:
-        """The text of the ids that made none yet, in its place among all where that can be told."""
-        whole = self._tokenizer.decode(self._ids, self._skip_special_tokens)
-        if len(self._open) and whole.startswith(self.text) and self._ids[-len(self._open) :] == self._open:
-            return whole[len(self.text) :]
-        return self._tokenizer.decode(self._open, self._skip_special_tokens)
 
     def _append(self, piece: str) -> None:
         if not self._stop or not piece:
