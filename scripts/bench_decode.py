@@ -29,7 +29,8 @@ from specmemo_jax.draft import NgramDrafter, make_drafter
 from specmemo_jax.llama.packing import Target, pack
 from specmemo_jax.memory.compiled import compiled_memory
 from specmemo_jax.memory.plan import make_plan
-from specmemo_jax.speculate.engine import Engine, Request
+from specmemo_jax.speculate.engine import Engine
+from specmemo_jax.speculate.row_log import Request
 from specmemo_jax.weights import Checkpoint, open_checkpoint, resolve
 
 REFERENCE = Path(__file__).parent.parent / "tests" / "data" / "mt_bench_reference.jsonl"
@@ -249,7 +250,7 @@ def verify_table(target: Target, options: argparse.Namespace) -> None:
 
 def start_state(engine: Engine, capacity: int, batch: int) -> Any:
     """Rows three quarters full, mid-answer, with a random history for the drafter."""
-    state = engine.empty_state(capacity)
+    state = engine.programs.empty_state(capacity)
     length = capacity * 3 // 4
     rows = dataclasses.replace(
         state.rows,
@@ -269,7 +270,7 @@ def memory_table(target: Target, options: argparse.Namespace) -> None:
     for batch in options.batches:
         ((_, engine),) = engines(target, batch, capacity, [16])
         figures = compiled_memory(engine.step_program(capacity))
-        state = engine.abstract_state(capacity)
+        state = engine.programs.abstract_state(capacity)
         cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
         print(
             f"B={batch}  cache {cache / 2**20:.1f}, aliased {figures.aliased / 2**20:.1f}, "

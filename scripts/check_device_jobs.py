@@ -34,7 +34,8 @@ from specmemo_jax.memory.devices import Device, default_dtype
 from specmemo_jax.memory.plan import make_plan
 from specmemo_jax.prompts import read_prompts
 from specmemo_jax.serve import Job, device_sampling, pad_bad_words, serve
-from specmemo_jax.speculate.engine import Engine, Request
+from specmemo_jax.speculate.engine import Engine
+from specmemo_jax.speculate.row_log import Request
 from specmemo_jax.weights import open_checkpoint, resolve
 
 PROMPTS = Path(__file__).parent / "data" / "quickstart_prompts.jsonl"
@@ -292,7 +293,7 @@ def steps(model: str, quick: bool, dtype: str) -> Result:
 
 def _full_state(engine: Engine, capacity: int) -> Any:
     """Rows three quarters full. They are done, so that they stay where they are; the work is the same."""
-    state = engine.empty_state(capacity)
+    state = engine.programs.empty_state(capacity)
     rows = dataclasses.replace(state.rows, lengths=jnp.full_like(state.rows.lengths, capacity * 3 // 4))
     draft = state.draft
     if engine.drafter is not None:  # n-grams that match

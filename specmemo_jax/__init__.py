@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from specmemo_jax.chat import ChatSession
     from specmemo_jax.errors import SpecMemoError
     from specmemo_jax.llama.config import LlamaConfig
     from specmemo_jax.llm import LLM
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "LLM": "llm",
+    "ChatSession": "chat",
     "SamplingParams": "sampling_params",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
@@ -25,6 +27,7 @@ _WHERE = {
 }
 __all__ = [
     "LLM",
+    "ChatSession",
     "CompletionOutput",
     "LlamaConfig",
     "MemoryPlan",

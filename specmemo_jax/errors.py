@@ -25,5 +25,17 @@ class RequestError(SpecMemoError, ValueError):
     """A prompt or sampling parameter that cannot be served."""
 
 
+class CapacityWarning(UserWarning):
+    """The device had less memory than planned: what was given up so that generation could go on."""
+
+
 class CapacityError(SpecMemoError, ValueError):
     """A request that needs more context or memory than the plan holds."""
+
+
+class BudgetError(CapacityError):
+    """A memory budget under which no plan exists; says the least that would work, in bytes."""
+
+    def __init__(self, message: str, *, least_budget: int, least_speculative_budget: int | None = None):
+        super().__init__(message)
+        self.least_budget, self.least_speculative_budget = least_budget, least_speculative_budget

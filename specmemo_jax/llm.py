@@ -10,24 +10,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmemo_jax.compilation import enable_compilation_cache
-from specmemo_jax.draft import Drafter, default_shape, is_model_name, make_drafter
-from specmemo_jax.errors import ConfigError, RequestError
+from specmemo_jax.draft import Drafter, default_shape, is_model_name
+from specmemo_jax.errors import RequestError
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.packing import Target, pack
 from specmemo_jax.loading import open_draft_model, open_model
+from specmemo_jax.memory.allocator import check_allocator, limit_allocator
 from specmemo_jax.memory.budget import parse_bytes
-from specmemo_jax.memory.devices import default_dtype, device_memory
-from specmemo_jax.memory.plan import MemoryPlan, make_plan
+from specmemo_jax.memory.devices import live_device
+from specmemo_jax.memory.plan import MemoryPlan
+from specmemo_jax.memory.planner import Task, search
 from specmemo_jax.outputs import RequestOutput
+from specmemo_jax.planning import drafter_named, dtype_for, options_for, speed_for, workload_for
 from specmemo_jax.sampling_params import SamplingParams
 from specmemo_jax.serve import Job, TextStream, device_sampling, pad_bad_words, serve
-from specmemo_jax.speculate.engine import Engine, Request
+from specmemo_jax.speculate.engine import Engine
+from specmemo_jax.speculate.row_log import Request
 from specmemo_jax.text import AnswerText
 from specmemo_jax.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int]
 Progress = Callable[[RequestOutput], None]
+Policy = Literal["plan", "unbounded", "unbounded-last-row"]
 
 
 class LLM:
@@ -49,6 +54,12 @@ class LLM:
         max_context: most tokens of prompt and answer together; None: the model's own
             maximum, or what the budget allows.
         max_batch: B, rows decoded together.
+        prompt_tokens, new_tokens: of a usual request, for the plan's expected speed; 512 and 128 at most
+            where they are left open. A row may hold more, up to ``max_context``.
+        policy: ``"plan"``, or the baselines that benchmarks compare it with: ``"unbounded"`` allocates
+            what other speculative decoders do, ``"unbounded-last-row"`` that without every prompt logit.
+        adaptive: move between the plan's trees as they pay, down to plain decoding. False makes runs
+            repeatable in bfloat16 and float16 too.
         seed: where requests without a seed of their own get theirs, in the order they come.
         compilation_cache: folder for compiled programs; None: a folder in the user's
             cache unless JAX is configured already.
@@ -68,6 +79,10 @@ class LLM:
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         max_context: int | None = None,
         max_batch: int = 1,
+        prompt_tokens: int | None = None,
+        new_tokens: int | None = None,
+        policy: Policy = "plan",
+        adaptive: bool = True,
         seed: int = 0,
         compilation_cache: str | Path | None = None,
     ):
@@ -75,28 +90,31 @@ class LLM:
         self.name, self.config = opened.name, opened.config
         self.tokenizer, self._no_tokenizer = opened.tokenizer, opened.no_tokenizer
         self.generation_defaults = opened.generation_defaults
-        device = jax.devices()[0]
-        chosen = jnp.dtype(default_dtype(device) if dtype == "auto" else _dtype(dtype))
+        spec = live_device()
+        chosen = dtype_for(spec, dtype)
+        workload = workload_for(self.config, max_batch, max_context, prompt_tokens, new_tokens)
+        task = Task(self.config, chosen, spec, workload, policy=policy)
         self._own_draft = is_model_name(drafter)
         if is_model_name(drafter):
-            shape = default_shape(tree_nodes, device.platform)
-            self.drafter: Drafter | None = open_draft_model(drafter, opened, shape, chosen, device)
+            shape = default_shape(tree_nodes, task.platform)
+            allowed: Drafter | str | None = open_draft_model(drafter, opened, shape, jnp.dtype(chosen))
         else:
-            assert not isinstance(drafter, Path)
-            self.drafter = make_drafter(drafter, tree_nodes, platform=device.platform, dtype=chosen.name)
-        self.plan: MemoryPlan = make_plan(
-            self.config,
-            dtype=chosen,
-            platform=device.platform,
-            batch=max_batch,
-            context=max_context,
-            drafter=self.drafter,
-            budget=parse_bytes(memory_budget) if memory_budget is not None else device_memory(device),
+            allowed = drafter_named(drafter, tree_nodes, self.config, task)
+        self.plan: MemoryPlan = search(
+            task,
+            options_for(allowed, self.name, task, tree_nodes),
+            speed_for(spec, self.name, self.config, chosen),
+            None if memory_budget is None else parse_bytes(memory_budget),
         )
+        self.drafter = self.plan.drafter
+        assert self.drafter is None or isinstance(self.drafter, Drafter)
+        limit_allocator(self.plan.peak_bytes - spec.reserve_bytes, spec)
+        device = jax.devices()[0]
+        check_allocator(self.plan.peak_bytes - spec.reserve_bytes, [device])
         enable_compilation_cache(compilation_cache)
         self._seeds = np.random.default_rng(seed)
-        self.target: Target = pack(self.config, opened.tensors(), chosen, device)
-        self.engine = Engine(self.target, self.drafter, self.plan)
+        self.target: Target = pack(self.config, opened.tensors(), jnp.dtype(chosen), device)
+        self.engine = Engine(self.target, self.drafter, self.plan, adaptive)
 
     def __enter__(self) -> "LLM":
         return self
@@ -269,9 +287,3 @@ class LLM:
                 + (" or raise max_context" if context < self.config.max_context else "")
             )
         return context - len(prompt) if params.max_tokens is None else params.max_tokens
-
-
-def _dtype(name: str) -> str:
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"dtype {name!r} is not one of auto, float32, bfloat16, float16")
-    return name

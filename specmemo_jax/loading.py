@@ -53,7 +53,7 @@ def open_draft_model(
     target: Opened,
     shape: Shape,
     dtype: jnp.dtype,
-    device: Device,
+    device: Device | None = None,
     params: Mapping[str, Any] | None = None,
 ) -> DraftModel:
     """A draft model for ``target``; its weights are read when the engine asks for them.

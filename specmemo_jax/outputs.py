@@ -24,7 +24,8 @@ class RequestMetrics:
     """Counts and wall-clock seconds of one request.
 
     ``steps``: target passes after prefill. ``accepted_lengths``: tokens each of them
-    emitted (bonus token counted; all 1 in plain decoding). ``decode_s`` runs from the
+    emitted (bonus token counted; all 1 in plain decoding). ``tree_nodes``: the size of tree each
+    verified, 1 where an adaptive run decoded plainly. ``decode_s`` runs from the
     first token to the end and is shared with the rows decoded beside this one.
     """
 
@@ -32,6 +33,7 @@ class RequestMetrics:
     accepted_lengths: tuple[int, ...]
     time_to_first_token_s: float
     decode_s: float
+    tree_nodes: tuple[int, ...] = ()
 
     @property
     def mean_accepted_length(self) -> float:

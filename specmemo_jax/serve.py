@@ -2,16 +2,20 @@
 
 import dataclasses
 import time
+import warnings
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 
+import jax
 import numpy as np
 
-from specmemo_jax.errors import RequestError
+from specmemo_jax.errors import CapacityWarning, RequestError
 from specmemo_jax.memory.plan import MemoryPlan
 from specmemo_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from specmemo_jax.sampling_params import SamplingParams
-from specmemo_jax.speculate.engine import Engine, Request, RowLog
+from specmemo_jax.speculate.engine import Engine
+from specmemo_jax.speculate.recovery import is_out_of_memory, step_down
+from specmemo_jax.speculate.row_log import Request, RowLog
 from specmemo_jax.speculate.sampling import Sampling
 from specmemo_jax.text import AnswerText
 
@@ -55,13 +59,14 @@ class Job:
             stop_reason = None
         elif stop_reason is not None:
             reason = "stop"
-        elif ids and ids[-1] in log.stop_ids:
+        elif ids and ids[-1] in log.request.stop_ids:
             reason = "stop"
             stop_reason = ids[-1] if ids[-1] in (self.params.stop_token_ids or ()) else None
         accepted = _first(log.accepted_lengths, len(ids) - 1)
         metrics = RequestMetrics(
             steps=len(accepted),
             accepted_lengths=accepted,
+            tree_nodes=tuple(log.tree_nodes[: len(accepted)]),
             time_to_first_token_s=self.first_token - self.started,
             decode_s=now - self.first_token if accepted else 0.0,
         )
@@ -71,25 +76,33 @@ class Job:
         self.output = RequestOutput(self.id, self.prompt, prompt_ids, (answer,), metrics, not aborted)
 
 
+Waiting = tuple[Job, RowLog | None]
+
+
 def serve(engine: Engine, jobs: Sequence[Job], burst: int = 8) -> Generator[Job, None, None]:
     """Run all ``jobs``, in as many rows as the plan has; yields a job whenever its answer has grown.
 
-    It has ended where its ``output`` is set, and comes no more. Closing the iterator early ends
+    It has ended where its ``output`` is set, and comes no more. Where the device runs out of memory
+    all the same, something is given up (`specmemo_jax.speculate.recovery`), said in a
+    CapacityWarning, and what was decoding goes on from its ids. Closing the iterator early ends
     the live ones with the reason ``"abort"`` and frees their rows.
     """
-    waiting = deque(jobs)
+    waiting: deque[Waiting] = deque((job, None) for job in jobs)
     slots: list[Job | None] = [None] * engine.plan.batch
-    if jobs:
-        engine.prepare([job.request for job in jobs])
+    prepared = False
     try:
         while waiting or any(slots):
-            for row, slot in enumerate(slots):
-                if slot is None and waiting:
-                    job = slots[row] = waiting.popleft()
-                    job.started = time.perf_counter()
-                    engine.admit(row, job.request)
-                    job.first_token = time.perf_counter()
-            engine.burst(burst)
+            try:
+                if not prepared:
+                    engine.prepare([job.request for job in jobs])
+                    prepared = True
+                _fill(engine, slots, waiting)
+                engine.burst(burst)
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                _recover(engine, slots, waiting, error)
+                continue
             now = time.perf_counter()
             for row, job in enumerate(slots):
                 log = engine.rows[row]
@@ -102,11 +115,38 @@ def serve(engine: Engine, jobs: Sequence[Job], burst: int = 8) -> Generator[Job,
                     slots[row] = None
                 yield job
     finally:
+        now = time.perf_counter()
         for row, job in enumerate(slots):
             log = engine.rows[row]
             if job is not None and log is not None:
                 ended = job.read(log)
-                job.finish(engine.release(row), time.perf_counter(), aborted=not ended)
+                job.finish(engine.release(row), now, aborted=not ended)
+        for job, log in waiting:
+            if log is not None:
+                job.finish(log, now, aborted=not job.read(log))
+
+
+def _fill(engine: Engine, slots: list[Job | None], waiting: deque[Waiting]) -> None:
+    """Give every free row what waits longest; a row's log says that it had begun and lost its cache."""
+    for row in range(len(slots)):
+        while slots[row] is None and waiting:
+            job, log = waiting[0]
+            if log is None:
+                job.started = time.perf_counter()
+                engine.admit(row, job.request)
+                job.first_token = time.perf_counter()
+            else:
+                engine.rebuild(row, log)
+            slots[row] = job
+            waiting.popleft()
+
+
+def _recover(engine: Engine, slots: list[Job | None], waiting: deque[Waiting], error: BaseException) -> None:
+    """Give something up, and put what was decoding at the head of the queue, to be rebuilt from its ids."""
+    begun = [(job, engine.rows[row]) for row, job in enumerate(slots) if job is not None]
+    warnings.warn(step_down(engine, error), CapacityWarning, stacklevel=2)
+    waiting.extendleft(reversed(begun))
+    slots[:] = [None] * engine.plan.batch
 
 
 class TextStream:

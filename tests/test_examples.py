@@ -134,45 +134,45 @@ def test_the_bigram_table_learns_row_by_row():
 
 
 def test_chat_loop(model, capsys, monkeypatch):
-    asked = []
     module = example("chat_loop")
-    watch(module, monkeypatch, asked)
-    say(monkeypatch, "Hello", "", "And now?", "/reset", "Again")
+    sessions = watch(module, monkeypatch)
+    say(monkeypatch, "Hello", "", "And now?", "/retry", "/reset", "Again")
     module.main(["--model", model, "--max-tokens", "9", "--max-context", "256"])
     out = capsys.readouterr().out
-    assert [len(messages) for messages in asked] == [1, 3, 1]
-    assert asked[1][0] == {"role": "user", "content": "Hello"}
-    assert asked[1][1]["role"] == "assistant"
-    assert asked[1][1]["content"] in out
-    assert out.count("[cut after 9 tokens") == 3
+    (session,) = sessions
+    assert [turn.user for turn in session.turns] == ["Again"]
+    assert session.turns[0].answer in out
+    assert session.stats.answers == 4
+    assert session.stats.prefilled_tokens < session.stats.prompt_tokens
+    assert out.count("[cut: --max-tokens") == 4
     assert "[a new conversation]" in out
 
 
 def test_chat_loop_says_when_the_context_is_full(model, capsys, monkeypatch):
-    asked = []
     module = example("chat_loop")
-    watch(module, monkeypatch, asked)
+    sessions = watch(module, monkeypatch)
     say(monkeypatch, "Hi", "x" * 60, "Ho")
-    module.main(["--model", model, "--max-tokens", "9", "--max-context", "64"])
+    module.main(["--model", model, "--max-tokens", "9", "--max-context", "80"])
     out = capsys.readouterr().out
     assert out.count("[not answered: ") == 1
-    assert "the context holds 64" in out
+    assert "the context of 80 tokens is full" in out
     assert "/reset starts a new conversation" in out
-    assert [len(messages) for messages in asked] == [1, 3, 3]  # what was not answered is not kept
+    assert [turn.user for turn in sessions[0].turns] == ["Hi", "Ho"]  # what was not answered is not kept
 
 
 def test_chat_loop_keeps_what_was_said_before_an_interrupt(model, capsys, monkeypatch):
-    asked = []
     module = example("chat_loop")
-    watch(module, monkeypatch, asked)
+    sessions = watch(module, monkeypatch)
     interrupt_print(module, monkeypatch, after=3)
     say(monkeypatch, "Hello", "More", KeyboardInterrupt)
     module.main(["--model", model, "--max-tokens", "40", "--max-context", "256"])
     out = capsys.readouterr().out
     assert " [stopped]" in out
-    assert len(asked[1]) == 3
-    assert asked[1][1]["content"]
-    assert "[cut after 40 tokens" in out
+    first, second = sessions[0].turns
+    assert first.finish_reason == "abort"
+    assert first.answer
+    assert second.finish_reason == "length"
+    assert sessions[0].stats.last_prefilled <= len(second.prompt_ids) + 1
 
 
 def say(monkeypatch, *lines) -> None:
@@ -188,15 +188,17 @@ def say(monkeypatch, *lines) -> None:
     monkeypatch.setattr("builtins.input", read)
 
 
-def watch(module, monkeypatch, asked) -> None:
-    """Note each conversation that the model is asked to answer."""
+def watch(module, monkeypatch) -> list:
+    """Every session that the example opens."""
+    sessions = []
 
-    class Watched(module.LLM):
-        def stream(self, prompt, sampling_params=None):
-            asked.append(prompt)
-            return super().stream(prompt, sampling_params)
+    class Watched(module.ChatSession):
+        def __init__(self, *given, **options):
+            super().__init__(*given, **options)
+            sessions.append(self)
 
-    monkeypatch.setattr(module, "LLM", Watched)
+    monkeypatch.setattr(module, "ChatSession", Watched)
+    return sessions
 
 
 def interrupt_print(module, monkeypatch, after: int) -> None:

@@ -1,17 +1,18 @@
-"""A chat in the terminal, answers written as they come.
+"""A chat in the terminal over `ChatSession`, answers written as they come.
 
     python scripts/examples/chat_loop.py
     python scripts/examples/chat_loop.py --temperature 0.7 --max-context 4096
 
-/reset starts a new conversation; /quit, Ctrl-D, or Ctrl-C at the prompt ends it. Ctrl-C during an
-answer stops the answer and keeps what was said. Each turn is prefilled from scratch today: the
-cache of the turns before is not kept, so the first word takes longer as the conversation grows.
+/retry answers again, /reset starts a new conversation; /quit, Ctrl-D, or Ctrl-C at the prompt ends it.
+Ctrl-C during an answer stops the answer and keeps what was said. The cache of the turns before stays,
+so a turn reads only what is new. `specmemo chat` is this with more commands.
 """
 
 import argparse
 
 from specmemo_jax import LLM, SamplingParams
-from specmemo_jax.errors import RequestError
+from specmemo_jax.chat import ChatSession, ChatStream
+from specmemo_jax.errors import SpecMemoError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,14 +28,17 @@ def main(argv: list[str] | None = None) -> None:
     params = SamplingParams(temperature=options.temperature, max_tokens=options.max_tokens)
 
     with LLM(options.model, drafter=options.drafter, max_context=options.max_context) as llm:
-        print(f"{llm.name}, context {llm.plan.context}. /reset starts anew, /quit ends.")
-        messages: list[dict[str, str]] = []
+        session = ChatSession(llm, sampling_params=params)
+        print(f"{llm.name}, context {llm.plan.context}. /retry, /reset; /quit ends.")
         while (text := ask()) != "/quit":
-            if text == "/reset":
-                messages = []
-                print("[a new conversation]")
-            elif text:
-                messages = answer(llm, messages, text, params)
+            try:
+                if text == "/reset":
+                    session.clear()
+                    print("[a new conversation]")
+                elif text:
+                    write(session, session.retry() if text == "/retry" else session.send(text))
+            except SpecMemoError as error:  # most likely the conversation no longer fits the context
+                print(f"[not answered: {error}; /reset starts a new conversation]")
 
 
 def ask() -> str:
@@ -46,29 +50,19 @@ def ask() -> str:
         return "/quit"
 
 
-def answer(
-    llm: LLM, messages: list[dict[str, str]], text: str, params: SamplingParams
-) -> list[dict[str, str]]:
-    """Write the answer to ``text``; the conversation with both, or as it was if nothing was said."""
-    asked = [*messages, {"role": "user", "content": text}]
-    try:
-        stream = llm.stream(asked, params)
-    except RequestError as error:  # most likely the conversation no longer fits the context
-        print(f"[not answered: {error}; /reset starts a new conversation]")
-        return messages
-    with stream:
+def write(session: ChatSession, answer: ChatStream) -> None:
+    """Write an answer as it comes; Ctrl-C ends it, and what was said stays in the chat."""
+    with answer:
         try:
-            for piece in stream:
+            for piece in answer:
                 print(piece, end="", flush=True)
             print()
         except KeyboardInterrupt:
             print(" [stopped]")
-    if stream.output is None:  # stopped before the first word
-        return messages
-    said = stream.output.outputs[0]
-    if said.finish_reason == "length":
-        print(f"[cut after {params.max_tokens} tokens; --max-tokens allows more]")
-    return [*asked, {"role": "assistant", "content": said.text}] if said.text.strip() else messages
+    if answer.output is not None and answer.output.outputs[0].finish_reason == "length":
+        print("[cut: --max-tokens allows more]")
+    stats = session.stats
+    print(f"[{stats.last_prefilled} tokens read; the chat has {stats.context_used} of {stats.context}]")
 
 
 if __name__ == "__main__":

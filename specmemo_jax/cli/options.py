@@ -215,3 +215,150 @@ Stream = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+
+CHAT = "Chat"
+
+
+class Overflow(StrEnum):
+    """What a chat does that no longer fits the context."""
+
+    error = "error"
+    drop_oldest = "drop-oldest"
+
+
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="The system prompt.", rich_help_panel=CHAT)]
+OnOverflow = Annotated[
+    Overflow,
+    typer.Option(
+        "--overflow",
+        metavar="WHAT",
+        help="When the context is full: error (nothing is cut), or drop-oldest: whole turns go, the oldest "
+        "first; the system prompt stays.",
+        rich_help_panel=CHAT,
+    ),
+]
+Load = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Go on with a chat that /save wrote.", rich_help_panel=CHAT),
+]
+ChatMaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens",
+        "-n",
+        min=1,
+        metavar="N",
+        help="Most new tokens an answer; default: 512, or what the context leaves.",
+        rich_help_panel=ENDING,
+    ),
+]
+
+WORKLOAD = "Workload"
+# Of `specmemo plan`: numbers come as texts, so that whatever is wrong with one is a refusal like any other.
+PlanModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help=f"As --model; default: {DEFAULT_MODEL}. A config is enough: weights need not be here.",
+        autocompletion=complete_model,
+    ),
+]
+PlanModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME",
+        help="A name (specmemo list), folder, .gguf file or config.json.",
+        autocompletion=complete_model,
+        rich_help_panel=MODEL,
+    ),
+]
+PlanDevice = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="SLUG",
+        help="What to plan for; it need not be here: titan-rtx, t4, rtx-3090, rtx-4090, l4, a10g, a100-40, "
+        "a100-80, h100, h200, mi250-gcd, mi250x-gcd, orin-64, cpu; auto: what runs here.",
+        rich_help_panel=MODEL,
+    ),
+]
+PlanTreeNodes = Annotated[
+    str | None,
+    typer.Option(
+        "--tree-nodes", metavar="N", help="Tokens checked a step; default: searched.", rich_help_panel=MODEL
+    ),
+]
+PlanDtype = Annotated[
+    str,
+    typer.Option("--dtype", metavar="TYPE", help="auto, float32, bfloat16, float16.", rich_help_panel=MODEL),
+]
+PlanMesh = Annotated[
+    str,
+    typer.Option(
+        "--mesh", metavar="N", help="Devices that split the model; bytes are of each.", rich_help_panel=MODEL
+    ),
+]
+PlanPolicy = Annotated[
+    str,
+    typer.Option(
+        metavar="POLICY",
+        help="plan; or a baseline to compare with: unbounded, unbounded-last-row.",
+        rich_help_panel=MODEL,
+    ),
+]
+PlanBatch = Annotated[
+    str,
+    typer.Option("--batch", metavar="N", help="Prompts decoded together.", rich_help_panel=WORKLOAD),
+]
+PlanContext = Annotated[
+    str | None,
+    typer.Option(
+        "--context",
+        metavar="N",
+        help="Most tokens of a row, prompt and answer; default: the most that fits.",
+        rich_help_panel=WORKLOAD,
+    ),
+]
+PlanPromptTokens = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-tokens", metavar="N", help="Tokens of a prompt; default: 512.", rich_help_panel=WORKLOAD
+    ),
+]
+PlanNewTokens = Annotated[
+    str | None,
+    typer.Option(
+        "--new-tokens", metavar="N", help="Tokens of an answer; default: 128.", rich_help_panel=WORKLOAD
+    ),
+]
+Prove = Annotated[
+    bool,
+    typer.Option(
+        "--prove",
+        help="Compile every program from shapes alone and print the compiler's bytes; takes minutes.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+PlanJson = Annotated[
+    bool, typer.Option("--json", help="One JSON object, refusals too.", rich_help_panel=OUTPUT)
+]
+Frontier = Annotated[
+    str | None,
+    typer.Option(
+        "--frontier",
+        metavar="FILE",
+        help="Tokens/s against memory, as .png, .svg (needs matplotlib) or .csv.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Measured = Annotated[
+    str | None,
+    typer.Option(
+        "--measured",
+        metavar="FILE",
+        help="CSV with peak_bytes, tokens_per_second and perhaps label, to show in --frontier.",
+        rich_help_panel=OUTPUT,
+    ),
+]

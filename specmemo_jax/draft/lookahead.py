@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from specmemo_jax.errors import ConfigError
+from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.kv import KVCache, NewKV
 from specmemo_jax.llama.model import Llama, forward, logits
+from specmemo_jax.memory.buffers import Work
 from specmemo_jax.speculate.tree import Tree
 
 
@@ -47,6 +49,31 @@ class Shape:
         if depth is None:
             depth = num_nodes - 1 if branches == 1 else -(-num_nodes // branches)
         return cls(num_nodes, depth, branches)
+
+    def limited(self, num_nodes: int) -> "Shape":
+        """As wide, with fewer nodes on as few levels as hold them in the same proportion."""
+        branches = min(self.branches, num_nodes - 1)
+        depth = max(1, -(-self.depth * (num_nodes - 1) // (self.num_nodes - 1)))
+        while num_nodes > 1 + branches + (depth - 1) * branches**2:
+            depth += 1
+        return Shape(num_nodes, depth, branches)
+
+
+def lookahead_work(
+    config: LlamaConfig, layers: int, itemsize: int, shape: Shape, batch: int, length: int
+) -> Work:
+    """What `lookahead` costs over the first ``layers`` of a model with ``length`` tokens in its cache."""
+    H, D = config.hidden_size, config.head_dim
+    layer = H * D * (2 * config.num_heads + 2 * config.num_kv_heads) + 3 * H * config.ffn_size
+    weights = layers * layer + config.vocab_size * H
+    rows = batch * (2 + (shape.depth - 1) * shape.branches)  # two nodes in the first pass: about what waits
+    attention = 4 * layers * config.num_heads * D * length * rows
+    cache = 2 * layers * config.num_kv_heads * D * length * batch
+    return Work(
+        layers=shape.depth * layers,
+        flops=2.0 * weights * rows + attention,
+        bytes=float(shape.depth * itemsize * (weights + cache)),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

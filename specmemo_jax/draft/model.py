@@ -9,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from specmemo_jax.draft.lookahead import Shape, lookahead
+from specmemo_jax.draft.lookahead import Shape, lookahead, lookahead_work
+from specmemo_jax.draft.phases import lookahead_phases
 from specmemo_jax.draft.protocol import Drafter, State, View
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.kv import Leaf
 from specmemo_jax.llama.model import forward
-from specmemo_jax.llama.packing import Target, abstract_model, merge
-from specmemo_jax.memory.buffers import Buffer
-from specmemo_jax.memory.plan import PREFILL_CHUNKS, program_temporaries
+from specmemo_jax.llama.packing import Target, abstract_model, abstract_target, merge
+from specmemo_jax.memory.activations import Live, Pass, attention, kept, projections
+from specmemo_jax.memory.buffers import Buffer, Work
+from specmemo_jax.memory.plan import PREFILL_CHUNKS
 from specmemo_jax.speculate.tree import Tree
 
 
@@ -41,6 +43,18 @@ class _Drafted(Drafter):
     def is_chain(self) -> bool:
         """One branch."""
         return self.shape.branches == 1
+
+    @property
+    def max_leaves(self) -> int:
+        """Every node but the root and the parents that the levels below the first need at least."""
+        k, nodes = self.shape.branches, self.num_nodes - 1
+        return max(1, nodes - -(-max(0, nodes - k) // k))
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """A half and the whole."""
+        half = self.num_nodes // 2
+        return (half, self.num_nodes) if half >= 2 else (self.num_nodes,)
 
 
 @jax.tree_util.register_dataclass
@@ -66,6 +80,7 @@ class DraftModel(_Drafted):
         dtype: of its weights and its cache.
         vocab_size: the target's; ids from there on are never proposed.
         name: what tables and messages call it.
+        room: levels its state has room for, where that is more than the shape's (`limited`).
 
     Its cache holds committed tokens only. A step costs ``depth`` passes: the first reads what the
     last step committed together with the pending token, so that nothing is read twice and a
@@ -78,6 +93,7 @@ class DraftModel(_Drafted):
     dtype: str
     vocab_size: int
     name: str = "draft model"
+    room: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_depth + 1 >= min(PREFILL_CHUNKS):  # `observe` tells a prompt's chunk by its width
@@ -96,19 +112,37 @@ class DraftModel(_Drafted):
         """The packed weights, loaded now."""
         return self.load().leaves
 
+    def weight_shapes(self, target: Target) -> Any:
+        """Of the packed weights."""
+        return abstract_target(self.config, jnp.dtype(self.dtype), target.platform).leaves
+
+    def limited(self, num_nodes: int) -> "DraftModel":
+        """The same weights and cache, a smaller tree."""
+        return dataclasses.replace(self, shape=self.shape.limited(num_nodes), room=self.levels)
+
+    def work(self, config: LlamaConfig, itemsize: int, batch: int, length: int) -> Work:
+        """Its passes: what was committed, then level by level."""
+        own = jnp.dtype(self.dtype).itemsize
+        return lookahead_work(self.config, self.config.num_layers, own, self.shape, batch, length)
+
+    @property
+    def levels(self) -> int:
+        """U: the most committed tokens that wait to be read."""
+        return self.max_depth if self.room is None else self.room
+
     def init(self, batch: int, capacity: int) -> State:
         """An empty cache; ``depth`` slots more, for the last prompt chunk with what was unread before it."""
         config = self.config
-        shape = (batch, config.num_kv_heads, capacity + self.max_depth, config.head_dim)
+        shape = (batch, config.num_kv_heads, capacity + self.levels, config.head_dim)
         return DraftState(
             cache=kv.init_cache(config.num_layers, shape, jnp.dtype(self.dtype)),
             known=jnp.zeros((batch,), jnp.int32),
-            unread=jnp.zeros((batch, self.max_depth), jnp.int32),
+            unread=jnp.zeros((batch, self.levels), jnp.int32),
         )
 
     def grow(self, state: State, capacity: int) -> State:
         """Pad the cache."""
-        return dataclasses.replace(state, cache=kv.grow(state.cache, capacity + self.max_depth))
+        return dataclasses.replace(state, cache=kv.grow(state.cache, capacity + self.levels))
 
     def buffers(self, batch: int, capacity: int) -> tuple[Buffer, ...]:
         """Weights, cache and the unread tokens."""
@@ -118,23 +152,31 @@ class DraftModel(_Drafted):
             2,
             batch,
             config.num_kv_heads,
-            capacity + self.max_depth,
+            capacity + self.levels,
             config.head_dim,
         )
         return (
             Buffer("draft weights", (config.num_params,), self.dtype, config.num_params * item),
             Buffer("draft KV", shape, self.dtype, int(np.prod(shape)) * item),
-            Buffer("draft unread", (batch, 1 + self.max_depth), "int32", 4 * batch * (1 + self.max_depth)),
+            Buffer("draft unread", (batch, 1 + self.levels), "int32", 4 * batch * (1 + self.levels)),
         )
 
-    def temporary_bytes(self, config: LlamaConfig, batch: int, capacity: int) -> int:
-        """The larger of a step's passes with all their nodes, and a prompt's chunk on a copy of one row."""
-        nodes, slots = self.max_depth + 1 + self.max_depth * self.shape.branches, capacity + self.max_depth
-        chunk = program_temporaries(self.config, 1, max(PREFILL_CHUNKS) + self.max_depth, slots)
-        if batch > 1:
-            row = 2 * self.config.num_layers * self.config.num_kv_heads * slots * self.config.head_dim
-            chunk += row * jnp.dtype(self.dtype).itemsize
-        return max(program_temporaries(self.config, batch, nodes, slots), chunk)
+    def phases(self, target: Pass, chunk: int | None) -> tuple[Live, ...]:
+        """A step's passes, or a prompt's chunk with what was unread before it, on a copy of one row."""
+        draft = dataclasses.replace(
+            target,
+            config=self.config,
+            itemsize=jnp.dtype(self.dtype).itemsize,
+            slots=target.slots + self.levels,
+            shards=1,
+            layers=None,
+            seen=None,
+            score_nodes=None,
+        )
+        if chunk is None:
+            return lookahead_phases(draft, self.levels, self.shape)
+        read = dataclasses.replace(draft, rows=1, nodes=chunk + self.levels, gathered=target.rows > 1)
+        return *attention(read), *projections(read), kept(read)
 
     def observe(
         self,
@@ -149,7 +191,8 @@ class DraftModel(_Drafted):
         if tokens.shape[1] > self.max_depth + 1:
             return self._read(view, state, rows, tokens, starts, counts)
         # `propose` has read up to the pending token, the first of these.
-        return dataclasses.replace(state, unread=jnp.pad(tokens, ((0, 0), (0, 1)))[:, 1 : self.max_depth + 1])
+        waiting = jnp.pad(tokens, ((0, 0), (0, self.levels)))[:, 1 : self.levels + 1]
+        return dataclasses.replace(state, unread=waiting)
 
     def _read(
         self,
@@ -170,9 +213,9 @@ class DraftModel(_Drafted):
         both = jnp.take_along_axis(
             both, jnp.minimum(jnp.where(columns < gap[:, None], columns, from_chunk), U + C - 1), axis=1
         )
-        model, cache = self._merge(view), kv.select_rows(state.cache, rows)
+        model, positions = self._merge(view), begin[:, None] + columns
         causal = jnp.broadcast_to(jnp.tril(jnp.ones((1, U + C, U + C), bool)), (len(rows), U + C, U + C))
-        hidden, new = forward(model, cache, both, begin[:, None] + columns, causal, begin, view.platform)
+        hidden, new = forward(model, state.cache, both, positions, causal, begin, view.platform, rows=rows)
         # Always true; it ties the write to the end of all reads (see kv.write).
         begin = jnp.where((hidden[:, 0, 0] < 0).astype(jnp.int32) >= 0, begin, 0)
         return dataclasses.replace(
@@ -235,10 +278,20 @@ class SelfDrafter(_Drafted):
         """Nothing."""
         return ()
 
-    def temporary_bytes(self, config: LlamaConfig, batch: int, capacity: int) -> int:
-        """Its passes, with all their nodes."""
-        nodes = 1 + self.max_depth * self.shape.branches
-        return program_temporaries(config, batch, nodes, capacity)
+    def limited(self, num_nodes: int) -> "SelfDrafter":
+        """The same layers, a smaller tree."""
+        return dataclasses.replace(self, shape=self.shape.limited(num_nodes))
+
+    def work(self, config: LlamaConfig, itemsize: int, batch: int, length: int) -> Work:
+        """Its passes over the target's first layers and head."""
+        return lookahead_work(config, self.layers, itemsize, self.shape, batch, length)
+
+    def phases(self, target: Pass, chunk: int | None) -> tuple[Live, ...]:
+        """Its passes over the target's first layers; reading a chunk takes nothing."""
+        if chunk is not None:
+            return ()
+        draft = dataclasses.replace(target, layers=self.layers, seen=None, score_nodes=None)
+        return lookahead_phases(draft, 0, self.shape)
 
     def observe(
         self,

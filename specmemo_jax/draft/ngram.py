@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Int
 
 from specmemo_jax.draft.protocol import Drafter, State, View
 from specmemo_jax.errors import ConfigError
-from specmemo_jax.llama.config import LlamaConfig
+from specmemo_jax.memory.activations import FULL, Live, Pass, array
 from specmemo_jax.memory.buffers import Buffer
 from specmemo_jax.speculate.tree import NO_TOKEN, Tree
 
@@ -64,9 +64,28 @@ class NgramDrafter(Drafter):
         return self.branches == 1 or self.num_nodes == 2
 
     @property
+    def max_leaves(self) -> int:
+        """One a branch."""
+        return min(self.branches, self.num_nodes - 1)
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """The root alone and each rung, or every node always."""
         return (1, *(nodes for nodes, _ in self.ladder)) if self.ladder else (self.num_nodes,)
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """A ladder moves by itself at every step; else a half and the whole."""
+        half = self.num_nodes // 2
+        return (self.num_nodes,) if self.ladder or half < 2 else (half, self.num_nodes)
+
+    def limited(self, num_nodes: int) -> "NgramDrafter":
+        """The same history, fewer nodes."""
+        if not self.ladder:
+            return dataclasses.replace(self, num_nodes=num_nodes)
+        below = [rung for rung in self.ladder if rung[0] < num_nodes]
+        match = self.ladder[min(len(below), len(self.ladder) - 1)][1]
+        return dataclasses.replace(self, num_nodes=num_nodes, ladder=(*below, (num_nodes, match)))
 
     def init(self, batch: int, capacity: int) -> State:
         """Token history ``[B, S]``."""
@@ -80,9 +99,11 @@ class NgramDrafter(Drafter):
         """The history."""
         return (Buffer("ngram history", (batch, capacity), "int32", 4 * batch * capacity),)
 
-    def temporary_bytes(self, config: LlamaConfig, batch: int, capacity: int) -> int:
-        """The history with its pending token, matches and scores."""
-        return 8 * 4 * batch * capacity
+    def phases(self, target: Pass, chunk: int | None) -> tuple[Live, ...]:
+        """The history with its pending token, rolled, matched and scored; reading a chunk takes nothing."""
+        if chunk is not None:
+            return ()
+        return ((array("history, matches and scores", (8, target.rows, target.slots), FULL, "int32"),),)
 
     def observe(
         self,

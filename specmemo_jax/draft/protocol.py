@@ -7,11 +7,13 @@ from typing import Any
 import jax
 from jaxtyping import Array, Int
 
+from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.kv import KVCache
 from specmemo_jax.llama.model import Llama
 from specmemo_jax.llama.packing import Target
-from specmemo_jax.memory.buffers import Buffer
+from specmemo_jax.memory.activations import Live, Pass
+from specmemo_jax.memory.buffers import Buffer, Work
 from specmemo_jax.speculate.tree import Tree
 
 State = Any  # a pytree of device arrays that lead with the batch axis, the drafter's own
@@ -54,6 +56,11 @@ class Drafter(abc.ABC):
         return False
 
     @property
+    def max_leaves(self) -> int:
+        """The most leaves a tree can have."""
+        return 1 if self.is_chain else self.num_nodes - 1
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Numbers of nodes that verification is compiled for, rising to ``num_nodes``.
 
@@ -61,6 +68,20 @@ class Drafter(abc.ABC):
         that fills few nodes when it knows little saves the rest of the work.
         """
         return (self.num_nodes,)
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Sizes of tree worth moving between while generating, rising to ``num_nodes``."""
+        return (self.num_nodes,)
+
+    def limited(self, num_nodes: int) -> "Drafter":
+        """The same drafter on the same state and weights, with trees of at most ``num_nodes``.
+
+        Needed for every size in `rungs` but its own.
+        """
+        if num_nodes == self.num_nodes:
+            return self
+        raise ConfigError(f"{self.name} has trees of {self.num_nodes} nodes only, {num_nodes} were asked for")
 
     @abc.abstractmethod
     def init(self, batch: int, capacity: int) -> State:
@@ -101,6 +122,18 @@ class Drafter(abc.ABC):
         """Device arrays that the programs take as an argument; called once, after the plan is made."""
         return ()
 
+    def weight_shapes(self, target: Target) -> Any:
+        """Shapes and dtypes of `weights`, without loading them."""
+        return jax.eval_shape(lambda: self.weights(target))
+
+    def work(self, config: LlamaConfig, itemsize: int, batch: int, length: int) -> Work:
+        """What drafting a step costs with ``length`` tokens a row, for a target of ``config`` whose
+        weights take ``itemsize`` bytes each.
+
+        None by default: drafting that is small beside the target's pass.
+        """
+        return Work()
+
     def buffers(self, batch: int, capacity: int) -> tuple[Buffer, ...]:
         """Every device buffer of `init` and `weights`, for the memory model; here those of `init`."""
         leaves = jax.tree.leaves_with_path(jax.eval_shape(lambda: self.init(batch, capacity)))
@@ -117,3 +150,10 @@ class Drafter(abc.ABC):
     def temporary_bytes(self, config: LlamaConfig, batch: int, capacity: int) -> int:
         """A bound on what `observe` and `propose` need beside their arguments, for a target of ``config``."""
         return 0
+
+    def phases(self, target: Pass, chunk: int | None) -> tuple[Live, ...]:
+        """Sets of buffers that live at once while it drafts beside a target whose verification is ``target``:
+        those of `propose` (``chunk`` None), or of `observe` for a prompt's ``chunk``.
+        """
+        size = self.temporary_bytes(target.config, target.rows, target.slots)
+        return ((Buffer(f"{self.name} drafting", (size,), "bytes", size),),)

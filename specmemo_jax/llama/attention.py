@@ -7,6 +7,7 @@ anywhere (`specmemo_jax.speculate.step` commits the accepted path through `kv.wr
 
 import jax
 import jax.numpy as jnp
+from jax.lax import optimization_barrier
 from jaxtyping import Array, Bool, Float, Int
 
 NEG_INF = -1e30
@@ -39,14 +40,22 @@ def tree_attention(
         )
 
     q = (q * D**-0.5).reshape(B, T, K, G, D).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
+    # Two rows at least: for a single one XLA converts a 16-bit cache to float32 (CPU) or transposes it (GPU).
+    on_cpu = precision is None
+    queries, spare = G * T, int(G * T == 1 and not (on_cpu and jnp.dtype(dtype) == jnp.float32))
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, spare), (0, 0)))
     past = dot("bkqd,bksd->bkqs", q, k_cache)
-    tree = dot("bkqd,bktd->bkqt", q, k_new).reshape(B, K, G, T, -1)
+    # Two products: XLA's GPU backend would merge them over a copy of the cache beside the new keys.
+    tree = dot("bkqd,bktd->bkqt", q if on_cpu else optimization_barrier(q), k_new)
     committed = jnp.arange(S)[None, :] < lengths[:, None]
     past = jnp.where(committed[:, None, None, :], past, NEG_INF)
-    tree = jnp.where(ancestors[:, None, None], tree, NEG_INF).reshape(B, K, G * T, -1)
+    seen = jnp.broadcast_to(ancestors[:, None, None], (B, K, G, T, ancestors.shape[2])).reshape(
+        B, K, queries, -1
+    )
+    tree = jnp.where(jnp.pad(seen, ((0, 0), (0, 0), (0, spare), (0, 0)), constant_values=True), tree, NEG_INF)
     top = jnp.maximum(past.max(-1, keepdims=True), tree.max(-1, keepdims=True))
     past, tree = jnp.exp(past - top), jnp.exp(tree - top)
     total = past.sum(-1, keepdims=True) + tree.sum(-1, keepdims=True)
     out = dot("bkqs,bksd->bkqd", past, v_cache) + dot("bkqt,bktd->bkqd", tree, v_new)
-    out = (out / total).reshape(B, K, G, T, D)
+    out = (out / total)[:, :, :queries].reshape(B, K, G, T, D)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N * D)

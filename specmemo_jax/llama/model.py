@@ -5,14 +5,17 @@ docs/performance-log.md). The modules hold *packed* weights (`specmemo_jax.llama
 query, key and value projections are one matrix, and so are gate and up.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import optimization_barrier
 from jaxtyping import Array, Bool, Float, Int
 
 from specmemo_jax.llama.attention import tree_attention
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.llama.kv import KVCache, NewKV
+from specmemo_jax.llama.kv import KVCache, NewKV, select_rows
 from specmemo_jax.llama.layers import Linear, RMSNorm, matmul
 from specmemo_jax.llama.rope import rope_tables, rotate
 
@@ -27,44 +30,48 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU (arXiv 2002.05202) with fused gate and up projections ``[2F, H]``."""
+    """SwiGLU (arXiv 2002.05202) with fused gate and up projections ``[2F, H]``, shard by shard."""
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype):
+    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, shards: int = 1):
         H, F = config.hidden_size, config.ffn_size
+        self.shards = shards
         self.gate_up_proj = Linear(2 * F, H, dtype, ("ffn", "hidden"), config.mlp_bias)
         self.down_proj = Linear(H, F, dtype, ("hidden", "ffn"), config.mlp_bias)
 
     def __call__(self, x: Float[Array, "B T H"], platform: str) -> Float[Array, "B T H"]:
         """``down(silu(gate(x)) * up(x))``, float32."""
-        gate, up = jnp.split(self.gate_up_proj(x, platform), 2, axis=-1)
-        return self.down_proj(jax.nn.silu(gate) * up, platform)
+        B, T, _ = x.shape
+        both = self.gate_up_proj(x, platform).reshape(B, T, self.shards, 2, -1)
+        return self.down_proj((jax.nn.silu(both[:, :, :, 0]) * both[:, :, :, 1]).reshape(B, T, -1), platform)
 
 
 class Block(nnx.Module):
     """One decoder layer."""
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype):
+    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, shards: int = 1):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.self_attn = Attention(config, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = MLP(config, dtype)
+        self.mlp = MLP(config, dtype, shards)
 
 
 class Llama(nnx.Module):
     """A decoder-only Llama of any size; ``dtype`` is the weights' dtype.
 
-    ``lm_head`` is None when the embedding table serves as the head.
+    ``lm_head`` is None when the embedding table serves as the head. Fused projections hold
+    ``shards`` blocks, each with its own devices' heads or ffn columns, so that splitting their rows
+    over a mesh of so many devices gives every device whole heads.
     """
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype):
+    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, shards: int = 1):
         V, H = config.vocab_size, config.hidden_size
         self.embed_tokens = nnx.Param(jnp.zeros((V, H), dtype), axes=("vocab", "hidden"))
-        self.layers = nnx.List([Block(config, dtype) for _ in range(config.num_layers)])
+        self.layers = nnx.List([Block(config, dtype, shards) for _ in range(config.num_layers)])
         self.norm = RMSNorm(H, config.rms_norm_eps, dtype)
         self.lm_head = (
             None if config.tied_embeddings else nnx.Param(jnp.zeros((V, H), dtype), axes=("vocab", "hidden"))
         )
-        self.config = config
+        self.config, self.shards = config, shards
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -81,6 +88,8 @@ def forward(
     lengths: Int[Array, " B"],
     platform: str,
     earlier: NewKV | None = None,
+    score_nodes: int | None = None,
+    rows: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T H"], NewKV]:
     """Run the target on T nodes a row: prefill with causal ``ancestors``, verification with a tree's.
 
@@ -90,28 +99,56 @@ def forward(
     ``b`` are read). A cache of fewer layers than the model has runs only those.
 
     ``earlier``: keys and values of M - T nodes from earlier calls that are not in the cache
-    either; they come before the T new ones in ``ancestors``.
+    either; they come before the T new ones in ``ancestors``. ``score_nodes``: the most nodes whose
+    attention scores exist at once; each further part reads the cache once more.
     """
     config, dtype = model.config, model.dtype
     N, K, D = config.num_heads, config.num_kv_heads, config.head_dim
-    B, T = tokens.shape
+    (B, T), M = tokens.shape, model.shards
     precision = None if platform == "cpu" else jax.lax.Precision.HIGHEST
     cos, sin = rope_tables(config, positions)
     x = model.embed_tokens[...][tokens].astype(jnp.float32)
     new = []
     for i, (k_cache, v_cache) in enumerate(cache):
         block = model.layers[i]
-        qkv = block.self_attn.qkv_proj(block.input_layernorm(x), platform).reshape(B, T, N + 2 * K, D)
-        qk, v = rotate(qkv[:, :, : N + K], cos, sin), qkv[:, :, N + K :]
-        q, k = qk[:, :, :N], qk[:, :, N:]
-        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        if rows is not None:
+            # Always true; without it XLA's CPU backend copies every layer's rows before the first layer.
+            now = jnp.where((x[:, 0, 0] < 0).astype(jnp.int32) >= 0, rows, 0)
+            k_cache, v_cache = select_rows(((k_cache, v_cache),), now)[0]
+        qkv = block.self_attn.qkv_proj(block.input_layernorm(x), platform)
+        qk, v = jnp.split(qkv.reshape(B, T, M, -1, D), [(N + K) // M], axis=3)
+        qk = rotate(qk.reshape(B, T, N + K, D), cos, sin).reshape(B, T, M, -1, D)
+        q, k = qk[:, :, :, : N // M].reshape(B, T, N, D), qk[:, :, :, N // M :]
+        # What waits for the commit waits in the cache's dtype.
+        k, v = (heads.reshape(B, T, K, D).transpose(0, 2, 1, 3).astype(dtype) for heads in (k, v))
+        k, v = optimization_barrier((k, v))  # else XLA keeps the projection's float32 and converts at the end
         new.append((k, v))
         if earlier is not None:
             k, v = (jnp.concatenate(pair, axis=2) for pair in zip(earlier[i], (k, v), strict=True))
-        attended = tree_attention(q, k, v, k_cache, v_cache, ancestors, lengths, dtype, precision)
+
+        def attend(q: Array, ancestors: Array) -> Array:
+            return tree_attention(q, k, v, k_cache, v_cache, ancestors, lengths, dtype, precision)  # noqa: B023
+
+        attended = by_parts(attend, score_nodes, q, ancestors)
         x = x + block.self_attn.o_proj(attended, platform)
         x = x + block.mlp(block.post_attention_layernorm(x), platform)
     return model.norm(x), tuple(new)
+
+
+def by_parts(function: Callable[..., Array], nodes: int | None, *inputs: Array) -> Array:
+    """``function`` of arrays ``[B, T, ...]``, ``nodes`` of the T at a time and one part after the other."""
+    B, T = inputs[0].shape[:2]
+    if nodes is None or nodes >= T:
+        return function(*inputs)
+    parts = -(-T // nodes)
+    padding = parts * nodes - T
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, parts, nodes, *x.shape[2:]), 1, 0)
+
+    out = jax.lax.map(lambda part: function(*part), tuple(map(split, inputs)))
+    return jnp.moveaxis(out, 0, 1).reshape(B, parts * nodes, *out.shape[3:])[:, :T]
 
 
 def logits(model: Llama, hidden: Float[Array, "B T H"], platform: str) -> Float[Array, "B T V"]:

@@ -33,11 +33,11 @@ class Target:
     config: LlamaConfig
     dtype: jnp.dtype
     platform: str
-    leaves: tuple[jax.Array, ...]
+    leaves: tuple[Any, ...]
     graph: Any
     tree: Any
 
-    def merge(self, leaves: Sequence[jax.Array]) -> Llama:
+    def merge(self, leaves: Sequence[Any]) -> Llama:
         """The NNX model over ``leaves``."""
         return merge(self.graph, self.tree, leaves)
 
@@ -47,7 +47,7 @@ class Target:
         return sum(leaf.nbytes for leaf in self.leaves)
 
 
-def merge(graph: Any, tree: Any, leaves: Sequence[jax.Array]) -> Llama:
+def merge(graph: Any, tree: Any, leaves: Sequence[Any]) -> Llama:
     """The NNX model of `abstract_model`'s ``graph`` and ``tree`` over ``leaves``."""
     return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
 
@@ -63,9 +63,11 @@ def packed_name(name: str) -> tuple[str, int]:
     return ".".join([*scope, whole, kind]), FUSED[whole].index(module)
 
 
-def abstract_model(config: LlamaConfig, dtype: jnp.dtype) -> tuple[Any, Any, dict[str, jax.ShapeDtypeStruct]]:
+def abstract_model(
+    config: LlamaConfig, dtype: jnp.dtype, shards: int = 1
+) -> tuple[Any, Any, dict[str, jax.ShapeDtypeStruct]]:
     """Graph, tree and packed parameter shapes (in leaf order) of a model, without allocating it."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(config, jnp.dtype(dtype))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(config, jnp.dtype(dtype), shards)))
     paths, tree = jax.tree_util.tree_flatten_with_path(state)
     names = [
         ".".join(str(getattr(key, "key", key)) for key in path if hasattr(key, "key")) for path, _ in paths
@@ -73,20 +75,30 @@ def abstract_model(config: LlamaConfig, dtype: jnp.dtype) -> tuple[Any, Any, dic
     return graph, tree, {name: leaf for name, (_, leaf) in zip(names, paths, strict=True)}
 
 
+def packed_axes(config: LlamaConfig, shards: int = 1) -> tuple[tuple[str, ...], ...]:
+    """Logical axes of every packed parameter, in leaf order."""
+    state = nnx.eval_shape(lambda: nnx.state(Llama(config, jnp.dtype("float32"), shards)))
+    params = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    return tuple(param.get_metadata("axes") for param in params)
+
+
 def pack(
     config: LlamaConfig,
     tensors: Iterable[tuple[str, np.ndarray]],
     dtype: jnp.dtype,
     device: Device | None = None,
+    shards: int = 1,
 ) -> Target:
     """Cast and pack a stream of canonical ``(name, array)`` pairs onto ``device``.
+
+    ``shards``: blocks of the fused projections (`Llama`).
 
     Holds no more than the packed weights, one fused matrix and its parts at any time.
     Raises WeightsError for a tensor that is unknown, repeated, missing or of another shape.
     """
     dtype = jnp.dtype(dtype)
     device = device or jax.devices()[0]
-    graph, tree, shapes = abstract_model(config, dtype)
+    graph, tree, shapes = abstract_model(config, dtype, shards)
     expected = config.tensor_shapes()
     parts: dict[str, dict[int, np.ndarray]] = {}
     packed: dict[str, jax.Array] = {}
@@ -105,10 +117,23 @@ def pack(
         parts.setdefault(key, {})[place] = np.asarray(array).astype(dtype, copy=False)
         if sum(part.shape[0] for part in parts[key].values()) == shapes[key].shape[0]:
             ready = parts.pop(key)
-            host = ready[0] if len(ready) == 1 else np.concatenate([ready[i] for i in sorted(ready)])
+            host = ready[0] if len(ready) == 1 else _fuse([ready[i] for i in sorted(ready)], shards)
             packed[key] = jax.device_put(host, device, may_alias=False)
     missing = sorted(expected.keys() - seen)
     if missing:
         raise WeightsError(f"{len(missing)} tensors are missing, the first is {missing[0]!r}")
     leaves = tuple(packed[name] for name in shapes)
     return Target(config, dtype, device.platform, leaves, graph, tree)
+
+
+def abstract_target(config: LlamaConfig, dtype: jnp.dtype, platform: str, shards: int = 1) -> Target:
+    """A `Target` of shapes alone, to lower programs with; its leaves are ShapeDtypeStructs."""
+    graph, tree, shapes = abstract_model(config, dtype, shards)
+    leaves = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in shapes.values())
+    return Target(config, jnp.dtype(dtype), platform, leaves, graph, tree)
+
+
+def _fuse(parts: Sequence[np.ndarray], shards: int) -> np.ndarray:
+    """Parts on top of each other, shard by shard."""
+    blocks = [np.split(part, shards) for part in parts]
+    return np.concatenate([block[shard] for shard in range(shards) for block in blocks])

@@ -1,9 +1,12 @@
 """What the memory model knows of a device buffer, and of a drafter."""
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from specmemo_jax.llama.config import LlamaConfig
+
+if TYPE_CHECKING:
+    from specmemo_jax.memory.activations import Pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +17,17 @@ class Buffer:
     shape: tuple[int, ...]
     dtype: str
     bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one step's drafting costs a device: passes of a model with ``layers`` in all, floating-point
+    operations, and bytes read.
+    """
+
+    layers: int = 0
+    flops: float = 0.0
+    bytes: float = 0.0
 
 
 @runtime_checkable
@@ -30,10 +44,31 @@ class DraftCost(Protocol):
         """Levels below the root."""
         ...
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Numbers of nodes that verification is compiled for, rising to ``num_nodes``."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        ...
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Sizes of tree to move between, rising to ``num_nodes``."""
+        ...
+
+    def work(self, config: LlamaConfig, itemsize: int, batch: int, length: int) -> Work:
+        """What drafting costs a step."""
+        ...
+
     def buffers(self, batch: int, capacity: int) -> tuple[Buffer, ...]:
         """Device buffers it keeps for ``batch`` rows of ``capacity`` positions, weights included."""
         ...
 
-    def temporary_bytes(self, config: LlamaConfig, batch: int, capacity: int) -> int:
-        """A bound on what drafting for a target of ``config`` needs while a program runs."""
+    def phases(self, target: "Pass", chunk: int | None) -> tuple[tuple[Buffer, ...], ...]:
+        """Sets of buffers that live at once while it drafts beside a target whose verification is ``target``;
+        ``chunk``: while it reads so much of a prompt.
+        """
         ...

@@ -23,7 +23,12 @@ class CompiledMemory:
 
         XLA's own ``peak_memory_in_bytes`` leaves the temporaries out on CPU.
         """
-        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+        return self.arguments + self.extra
+
+    @property
+    def extra(self) -> int:
+        """What it needs beside its arguments."""
+        return self.outputs - self.aliased + self.temporaries + self.code
 
 
 def compiled_memory(compiled: jax.stages.Compiled) -> CompiledMemory:
@@ -41,3 +46,18 @@ def compiled_memory(compiled: jax.stages.Compiled) -> CompiledMemory:
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What the compiler says of a plan's programs: bytes each needs beside the persistent buffers.
+
+    ``compiled_for``: the device; ``dtype``: what was compiled, which is bfloat16 where float16 was
+    planned for a CPU. ``generation_bytes``: persistent buffers without the target's weights, and the
+    most that any program needs.
+    """
+
+    compiled_for: str
+    dtype: str
+    programs: tuple[tuple[str, int], ...]
+    generation_bytes: int

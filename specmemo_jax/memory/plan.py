@@ -1,23 +1,58 @@
-"""MemoryPlan: every static shape of the engine and the bytes of every persistent buffer.
+"""MemoryPlan: every static shape of the engine, and every buffer with its bytes before it exists.
 
-Today's plan is computed simply: persistent buffers exactly, temporaries by a coarse
-bound. Nothing in the engine chooses a shape by itself.
+`lay_out` prices one choice of shapes; `specmemo_jax.memory.planner` searches among them. The words are
+those of docs/memory-model.md.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterable
 
 import jax.numpy as jnp
 
 from specmemo_jax.errors import CapacityError, ConfigError
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.memory.buffers import Buffer, DraftCost
+from specmemo_jax.memory.compiled import Proof
+from specmemo_jax.memory.devices import DeviceSpec
+from specmemo_jax.memory.footprint import (
+    MAX_BAD_WORDS,
+    MAX_STOP_IDS,
+    Footprint,
+    ProgramFootprint,
+    footprint,
+)
+from specmemo_jax.memory.workload import Workload
 
-MAX_STOP_IDS = 8
-MAX_BAD_WORDS = (16, 8)  # token sequences a row, and tokens of the longest
 PREFILL_CHUNKS = (128, 32)
 FIRST_CAPACITY = 256
+SLOTS = 64  # capacities are multiples of it
+POLICIES = ("plan", "unbounded", "unbounded-last-row")
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What a plan is expected to do for its workload, and where the numbers came from.
+
+    ``vanilla_tokens_per_second``: the best plan without a drafter, for all rows together like
+    ``tokens_per_second``. ``accepted_length``: tokens a row a step, bonus token counted.
+    """
+
+    tokens_per_second: float
+    vanilla_tokens_per_second: float
+    accepted_length: float
+    speed_source: str
+    acceptance_source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """In bytes a device, for one workload: the least budget that keeps 96% of the best expected
+    throughput, the least with any plan, and the least with a drafter (None where none was allowed).
+    """
+
+    lower_bound: int
+    least_budget: int
+    least_speculative_budget: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,37 +61,76 @@ class MemoryPlan:
 
     ``capacities``: the cache slots S a row can have; on CPU the cache grows through
     them, elsewhere there is one. ``chunks``: prefill widths C, largest first.
-    ``tree_nodes``: T, 1 without a drafter. ``buffers`` hold at the largest capacity.
+    ``tree_nodes``: T, 1 without a drafter. ``rungs``: trees to move between, rising from 1 (plain
+    decoding) to T. ``score_nodes``, ``logit_nodes``: see `specmemo_jax.speculate.step.Layout`.
+    ``footprint`` holds at the largest capacity, in bytes a device of ``shards``.
     """
 
     config: LlamaConfig
     dtype: str
+    kv_dtype: str
     platform: str
+    shards: int
+    policy: str
     batch: int
     context: int
     capacities: tuple[int, ...]
     chunks: tuple[int, ...]
+    drafter: DraftCost | None
     tree_nodes: int
+    rungs: tuple[int, ...]
     max_depth: int
-    max_stop_ids: int
-    max_bad_words: tuple[int, int]
-    buffers: tuple[Buffer, ...]
-    temporary_bytes: int
+    score_nodes: int | None
+    logit_nodes: int | None
+    footprint: Footprint
+    max_stop_ids: int = MAX_STOP_IDS
+    max_bad_words: tuple[int, int] = MAX_BAD_WORDS
+    device: DeviceSpec | None = None
+    workload: Workload | None = None
+    expected: Expected | None = None
+    bounds: Bounds | None = None
+    proof: Proof | None = None
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """Persistent ones."""
+        return self.footprint.persistent
 
     @property
     def weights_bytes(self) -> int:
         """The target's weights, as packed."""
-        return sum(b.bytes for b in self.buffers if b.name == "target weights")
+        return self.footprint.weights_bytes
 
     @property
-    def peak_bytes(self) -> int:
-        """Persistent buffers plus the bound on temporaries."""
-        return sum(b.bytes for b in self.buffers) + self.temporary_bytes
+    def reserve_bytes(self) -> int:
+        """What the runtime takes beside its allocator: context, libraries."""
+        return self.footprint.reserve
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Of the program that needs most beside the persistent buffers."""
+        return self.peak_bytes - self.reserve_bytes - sum(b.bytes for b in self.buffers)
+
+    @property
+    def model_generation_bytes(self) -> int:
+        """The theory's figure."""
+        return self.footprint.generation_bytes
 
     @property
     def generation_bytes(self) -> int:
-        """`peak_bytes` without the target's weights."""
-        return self.peak_bytes - self.weights_bytes
+        """What is promised: the theory's figure, or the compiler's where that was asked for and is larger."""
+        proved = 0 if self.proof is None else self.proof.generation_bytes
+        return max(self.model_generation_bytes, proved)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Runtime reserve, weights and generation memory."""
+        return self.reserve_bytes + self.weights_bytes + self.generation_bytes
+
+    @property
+    def drafter_name(self) -> str:
+        """``"none"`` for plain decoding."""
+        return "none" if self.drafter is None else self.drafter.name
 
     def capacity_for(self, slots: int) -> int:
         """The smallest capacity with at least ``slots`` slots a row."""
@@ -70,131 +144,171 @@ class MemoryPlan:
         """Slots a step may touch beyond a row's length."""
         return self.max_depth + 1
 
+    @property
+    def whole_prompts(self) -> bool:
+        """Prompts are read in one piece, whatever it takes."""
+        return self.policy != "plan"
+
+    @property
+    def terms(self) -> tuple[Buffer, ...]:
+        """Persistent buffers and the temporaries of the program that needs most; they sum up, with the
+        runtime reserve, to the theory's peak.
+        """
+        return (*self.buffers, *self.footprint.largest.terms)
+
+    def resized(self, drafter: DraftCost | None, batch: int) -> "MemoryPlan":
+        """The same context with another drafter and number of rows."""
+        return lay_out(
+            self.config,
+            dtype=self.dtype,
+            platform=self.platform,
+            batch=batch,
+            context=self.context,
+            drafter=drafter,
+            chunks=self.chunks,
+            score_nodes=self.score_nodes,
+            logit_nodes=self.logit_nodes,
+            shards=self.shards,
+            policy=self.policy,
+            device=self.device,
+        )
+
+    def at(self, tokens: int) -> "MemoryPlan":
+        """The same plan while rows hold no more than ``tokens``: on CPU the cache has not grown further."""
+        capacity = self.capacity_for(min(tokens, self.context) + self.slack)
+        return _priced(self, tuple(c for c in self.capacities if c <= capacity))
+
     def table(self) -> str:
-        """The buffers and totals, one a line, for a terminal."""
-        rows = [(b.name, "x".join(map(str, b.shape)), b.dtype, b.bytes) for b in self.buffers]
-        rows.append(("temporaries (bound)", "", "", self.temporary_bytes))
-        rows.append(("peak", "", "", self.peak_bytes))
+        """The terms and totals, one a line, for a terminal."""
+        largest = self.footprint.largest.name
+        rows = [(b.name, "x".join(map(str, b.shape)), b.dtype, b.bytes) for b in self.terms]
+        rows += [("runtime reserve", "", "", self.reserve_bytes)] if self.reserve_bytes else []
+        rows.append((f"peak ({largest})", "", "", self.peak_bytes))
         rows.append(("generation memory", "", "", self.generation_bytes))
-        return "\n".join(f"{n:<22}{s:>22} {d:>9} {b / 2**20:>10.2f} MiB" for n, s, d, b in rows)
+        return "\n".join(f"{n:<34}{s:>22} {d:>9} {b / 2**20:>10.2f} MiB" for n, s, d, b in rows)
 
 
-def make_plan(
+def lay_out(
     config: LlamaConfig,
     *,
-    dtype: jnp.dtype,
+    dtype: str | jnp.dtype,
     platform: str,
-    batch: int = 1,
-    context: int | None = None,
+    batch: int,
+    context: int,
     drafter: DraftCost | None = None,
-    budget: int | None = None,
+    chunks: tuple[int, ...] = PREFILL_CHUNKS,
+    score_nodes: int | None = None,
+    logit_nodes: int | None = None,
+    shards: int = 1,
+    policy: str = "plan",
+    device: DeviceSpec | None = None,
+    workload: Workload | None = None,
 ) -> MemoryPlan:
-    """Shapes for ``batch`` rows of ``context`` tokens (default: the model's own maximum).
+    """One choice of shapes, priced. Raises for a batch or a context that cannot be."""
+    _check(config, batch, context, policy)
+    depth = 0 if drafter is None else drafter.max_depth
+    largest = -(-(context + depth + 1) // SLOTS) * SLOTS
+    capacities = [largest]
+    if platform == "cpu" and policy == "plan":
+        capacities = [FIRST_CAPACITY * 2**i for i in range(32) if FIRST_CAPACITY * 2**i < largest] + [largest]
+    if policy == "plan":
+        chunks = tuple(c for c in chunks if c <= capacities[0]) or (SLOTS // 2,)
+    else:
+        chunks = (largest,)
+    plan = MemoryPlan(
+        config=config,
+        dtype=jnp.dtype(dtype).name,
+        kv_dtype=jnp.dtype(dtype).name,
+        platform=platform,
+        shards=shards,
+        policy=policy,
+        batch=batch,
+        context=context,
+        capacities=tuple(capacities),
+        chunks=chunks,
+        drafter=drafter,
+        tree_nodes=1 if drafter is None else drafter.num_nodes,
+        rungs=(1,) if drafter is None else (1, *drafter.rungs),
+        max_depth=depth,
+        score_nodes=score_nodes,
+        logit_nodes=logit_nodes,
+        footprint=Footprint((), (), 0),
+        device=device,
+        workload=workload,
+    )
+    return _priced(plan, plan.capacities)
 
-    ``budget`` bounds ``peak_bytes``; a context that was asked for is never reduced, an
-    open one is halved until the plan fits. Raises CapacityError with the figures.
+
+def _priced(plan: MemoryPlan, capacities: tuple[int, ...]) -> MemoryPlan:
+    """The plan with these capacities and the footprint of the last."""
+    whole = footprint(
+        plan.config,
+        plan.drafter,
+        dtype=plan.dtype,
+        platform=plan.platform,
+        batch=plan.batch,
+        capacity=capacities[-1],
+        chunks=plan.chunks,
+        tree_nodes=plan.tree_nodes,
+        widths=(1,) if plan.drafter is None else tuple(sorted({*plan.drafter.widths, *plan.drafter.rungs})),
+        shards=plan.shards,
+        kv_dtype=plan.kv_dtype,
+        score_nodes=plan.score_nodes,
+        logit_nodes=plan.logit_nodes,
+        policy=plan.policy,
+        compute_capability=None if plan.device is None else plan.device.compute_capability,
+        reserve=0 if plan.device is None else plan.device.reserve_bytes,
+    )
+    if len(capacities) > 1:
+        whole = dataclasses.replace(whole, programs=(*whole.programs, _growth(plan, capacities[-2])))
+    return dataclasses.replace(plan, capacities=capacities, footprint=whole)
+
+
+def _growth(plan: MemoryPlan, capacity: int) -> ProgramFootprint:
+    """Growing to the last capacity: what is old beside what is new, of caches a layer at a time
+    (`llama.kv.grow`), the drafter's state before the target's.
     """
+    config = plan.config
+    shape = (2, plan.batch, config.num_kv_heads // plan.shards, capacity, config.head_dim)
+    size = math.prod(shape) * jnp.dtype(plan.kv_dtype).itemsize
+    old = [Buffer("a layer's KV before", shape, plan.kv_dtype, size)]
+    for buffer in () if plan.drafter is None else plan.drafter.buffers(plan.batch, capacity):
+        if buffer.name == "draft KV":
+            layers, *rest = buffer.shape
+            old.append(Buffer("a draft layer's KV before", tuple(rest), buffer.dtype, buffer.bytes // layers))
+        elif buffer.name != "draft weights":
+            old.append(dataclasses.replace(buffer, name=f"{buffer.name} before"))
+    return ProgramFootprint("growth", tuple(old))
+
+
+def _check(config: LlamaConfig, batch: int, context: int, policy: str) -> None:
+    if policy not in POLICIES:
+        raise ConfigError(f"policy {policy!r} is not known; {', '.join(map(repr, POLICIES))} would work")
     if batch < 1:
         raise ConfigError(f"max_batch must be at least 1, found {batch}")
-    if context is not None and context < 1:
+    if context < 1:
         raise ConfigError(f"max_context must be at least 1, found {context}")
-    if context is not None and context > config.max_context:
+    if context > config.max_context:
         why = (
             " (beyond it 'dynamic' rope scaling changes with the length, which a tree's nodes do not share)"
             if config.rope_scaling.kind == "dynamic"
             else ""
         )
         raise CapacityError(f"max_context {context} exceeds the model's {config.max_context}{why}")
-    tries = [context] if context is not None else _halvings(config.max_context)
-    plans = []
-    for tokens in tries:
-        plans.append(_plan(config, jnp.dtype(dtype), platform, batch, tokens, drafter))
-        if budget is None or plans[-1].peak_bytes <= budget:
-            return plans[-1]
-    least = plans[-1]
-    assert budget is not None
-    raise CapacityError(
-        f"memory_budget {budget / 2**20:.0f} MiB is too small: "
-        f"weights {least.weights_bytes / 2**20:.0f} MiB + "
-        f"generation {least.generation_bytes / 2**20:.0f} MiB at context {least.context}, batch {batch}; "
-        f"{math.ceil(least.peak_bytes / 2**20)} MiB would work"
-    )
 
 
-def _halvings(context: int) -> Iterable[int]:
-    while context >= FIRST_CAPACITY:
-        yield context
-        context //= 2
-    if context:
-        yield context
-
-
-def _plan(
-    config: LlamaConfig, dtype: jnp.dtype, platform: str, batch: int, context: int, drafter: DraftCost | None
+def make_plan(
+    config: LlamaConfig,
+    *,
+    dtype: str | jnp.dtype,
+    platform: str,
+    batch: int = 1,
+    context: int | None = None,
+    drafter: DraftCost | None = None,
+    policy: str = "plan",
 ) -> MemoryPlan:
-    nodes = 1 if drafter is None else drafter.num_nodes
-    depth = 0 if drafter is None else drafter.max_depth
-    largest = -(-(context + depth + 1) // 64) * 64
-    capacities = [largest]
-    if platform == "cpu":
-        capacities = [FIRST_CAPACITY * 2**i for i in range(32) if FIRST_CAPACITY * 2**i < largest] + [largest]
-    chunks = tuple(c for c in PREFILL_CHUNKS if c <= capacities[0])
-    kv_shape = (batch, config.num_kv_heads, largest, config.head_dim)
-    item = dtype.itemsize
-    buffers = [
-        Buffer("target weights", (config.num_params,), dtype.name, config.num_params * item),
-        Buffer(
-            "target KV",
-            (config.num_layers, 2, *kv_shape),
-            dtype.name,
-            config.num_layers * 2 * math.prod(kv_shape) * item,
-        ),
-        Buffer("rows", (batch,), "settings", batch * _row_bytes()),
-        Buffer("seen tokens", (batch, config.vocab_size), "int32", batch * config.vocab_size * 4),
-    ]
-    if drafter is not None:
-        buffers.extend(drafter.buffers(batch, largest))
-    temporary = max(
-        program_temporaries(config, batch, nodes, largest),
-        program_temporaries(config, 1, max(chunks), largest),
+    """`lay_out` with the usual chunks at the given context, or the model's own maximum."""
+    context = config.max_context if context is None else context
+    return lay_out(
+        config, dtype=dtype, platform=platform, batch=batch, context=context, drafter=drafter, policy=policy
     )
-    temporary += 4 * 12 * batch * config.vocab_size  # sampling
-    if drafter is not None:
-        temporary += drafter.temporary_bytes(config, batch, largest)
-    if batch > 1:  # prefill works on a copy of one row
-        temporary += 2 * config.num_layers * math.prod(kv_shape[1:]) * item
-    return MemoryPlan(
-        config=config,
-        dtype=dtype.name,
-        platform=platform,
-        batch=batch,
-        context=context,
-        capacities=tuple(capacities),
-        chunks=chunks,
-        tree_nodes=nodes,
-        max_depth=depth,
-        max_stop_ids=MAX_STOP_IDS,
-        max_bad_words=MAX_BAD_WORDS,
-        buffers=tuple(buffers),
-        temporary_bytes=temporary,
-    )
-
-
-def _row_bytes() -> int:
-    """What `specmemo_jax.speculate.rows.Rows` holds a row, beside the seen tokens."""
-    words, longest = MAX_BAD_WORDS
-    own = 4 + 4 + 1  # lengths, pending, done
-    limits = 4 + 4 * MAX_STOP_IDS  # left, stop_ids
-    sampling = 6 * 4 + 4 + 4 + 8 + 4 * words * longest  # factors, top_k, min_length, key, bad_words
-    return own + limits + sampling + 4 * (longest - 1)  # and the answer's recent tokens
-
-
-def program_temporaries(config: LlamaConfig, batch: int, nodes: int, capacity: int) -> int:
-    """Coarse bound of a program's temporaries: float32 scores three times, activations, logits, new KV."""
-    rows = batch * nodes
-    scores = 3 * rows * config.num_heads * (capacity + nodes)
-    activations = rows * (
-        8 * config.hidden_size + 4 * config.ffn_size + 4 * config.num_heads * config.head_dim
-    )
-    new_kv = 4 * config.num_layers * rows * config.num_kv_heads * config.head_dim
-    return 4 * (scores + activations + new_kv + 2 * rows * config.vocab_size) + 2**20

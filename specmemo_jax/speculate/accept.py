@@ -1,6 +1,7 @@
 """Which candidates the target agrees with."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def accept_greedy(
 
 def accept_sampled(
     tree: Tree,
-    logits: Float[Array, "B T V"],
+    logits_at: Callable[[Int[Array, " B"]], Float[Array, "B V"]],
     sampling: Sampling,
     history: History,
     stop_ids: Int[Array, "B E"],
@@ -62,14 +63,14 @@ def accept_sampled(
     At each node the target draws its next token (`choose`); if a child carries it the walk goes
     there, else the token is the bonus. Every emitted token is so a draw from the target's own
     distribution, whatever the tree proposes, and costs are paid only at the nodes visited.
+    ``logits_at`` gives the logits of one node a row.
     """
     B, T = tree.tokens.shape
     P = max_depth + 1
     nodes = jnp.arange(T)[None, :]
 
     def step(carry: Walk) -> Walk:
-        here = jnp.take_along_axis(logits, carry.node[:, None, None], axis=1)[:, 0]
-        token = choose(here, sampling, carry.history, stop_ids, lengths + carry.depth + 1)
+        token = choose(logits_at(carry.node), sampling, carry.history, stop_ids, lengths + carry.depth + 1)
         child = (tree.parents == carry.node[:, None]) & (tree.tokens == token[:, None]) & (nodes > 0)
         column = jnp.where(carry.live, carry.depth, P)
         rows = jnp.arange(B)

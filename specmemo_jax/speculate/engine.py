@@ -1,136 +1,132 @@
 """The engine: owns the device state, runs the jitted programs, and hands out tokens in bursts."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from specmemo_jax.compilation import compiler_options
 from specmemo_jax.draft.protocol import Drafter
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.packing import Target
+from specmemo_jax.memory.compiled import compiled_memory
 from specmemo_jax.memory.plan import MemoryPlan
-from specmemo_jax.speculate.rows import Settings, init_rows
+from specmemo_jax.speculate.adaptive import TreeChooser
+from specmemo_jax.speculate.programs import Programs
+from specmemo_jax.speculate.row_log import Request, RowLog, chunk_starts, common_prefix, history_of
+from specmemo_jax.speculate.rows import Settings
 from specmemo_jax.speculate.sampling import Sampling, greedy_sampling
-from specmemo_jax.speculate.step import EngineState, prefill_chunk, speculative_step
+from specmemo_jax.speculate.step import EngineState
 
-
-@dataclasses.dataclass
-class RowLog:
-    """What the host knows of a row: every id (so that the cache can be rebuilt), and its steps."""
-
-    ids: list[int]
-    num_prompt: int
-    max_tokens: int
-    stop_ids: tuple[int, ...]
-    sampled: bool = False
-    accepted_lengths: list[int] = dataclasses.field(default_factory=list)
-
-    @property
-    def new_ids(self) -> list[int]:
-        """What was generated so far."""
-        return self.ids[self.num_prompt :]
-
-    @property
-    def stopped(self) -> bool:
-        """The last token is one of the row's stop ids."""
-        return len(self.ids) > self.num_prompt and self.ids[-1] in self.stop_ids
-
-    @property
-    def finished(self) -> bool:
-        """A stop id ended it, or its budget is spent."""
-        return self.stopped or len(self.new_ids) >= self.max_tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What a row is admitted with; `specmemo_jax.serve` makes it of a prompt and SamplingParams.
-
-    ``sampling``: the row's `Sampling` of host scalars and arrays, None for plain greedy decoding.
-    """
-
-    prompt: Sequence[int]
-    max_tokens: int
-    stop_ids: Sequence[int] = ()
-    sampling: Sampling | None = None
+Key = tuple[str, int, int, bool]
 
 
 class Engine:
     """B rows that decode together, each at its own length, inside one `MemoryPlan`.
 
-    ``drafter=None`` is vanilla decoding on the same path. Rows are admitted into free
+    ``drafter=None`` is vanilla decoding on the same path. ``adaptive``: move between the plan's
+    trees as they pay, down to plain decoding. Rows are admitted into free
     slots at any time and never look at their neighbours. Programs are compiled when they
     are first needed, or ahead of time by `prepare`.
     """
 
-    def __init__(self, target: Target, drafter: Drafter | None, plan: MemoryPlan):
-        self.target, self.drafter, self.plan = target, drafter, plan
+    def __init__(self, target: Target, drafter: Drafter | None, plan: MemoryPlan, adaptive: bool = False):
+        self.target, self.adaptive = target, adaptive
         self.draft_weights = () if drafter is None else drafter.weights(target)
-        self.rows: list[RowLog | None] = [None] * plan.batch
+        self.prefilled_tokens = 0
         self._state: EngineState | None = None
-        self._programs: dict[tuple[int, int, bool], jax.stages.Compiled] = {}
+        self.rows: list[RowLog | None] = []
+        self.replan(drafter, plan)
         greedy = greedy_sampling(1, plan.max_bad_words)
         self._greedy: Sampling = jax.tree.map(lambda leaf: np.asarray(leaf[0]), greedy)
+
+    def replan(self, drafter: Drafter | None, plan: MemoryPlan) -> None:
+        """Go on with other shapes and an empty device state; the drafter is the old one, limited, or None."""
+        self.close()
+        self.drafter, self.plan = drafter, plan
+        if drafter is None:
+            self.draft_weights = ()
+        self.programs = Programs(self.target, drafter, plan)
+        self.chooser = TreeChooser(plan.rungs) if self.adaptive and len(plan.rungs) > 1 else None
+        self._compiled: dict[Key, jax.stages.Compiled] = {}
+        self.rows = [None] * plan.batch
+        self._held: list[RowLog | None] = [None] * plan.batch
 
     def close(self) -> None:
         """Free the device state; the engine allocates anew when used again."""
         if self._state is not None:
             for leaf in jax.tree.leaves(self._state):
                 leaf.delete()
-        self._state = None
-        self.rows = [None] * self.plan.batch
+        self._forget()
 
     def take_state(self) -> EngineState:
         """Hand out the device state, for measurements; the engine starts anew without it."""
-        state, self._state = self._state, None
+        state = self._state
         assert state is not None
-        self.rows = [None] * self.plan.batch
+        self._forget()
         return state
+
+    def _forget(self) -> None:
+        self._state = None
+        self.rows = [None] * len(self.rows)
+        self._held = [None] * len(self.rows)
 
     @property
     def capacity(self) -> int:
         """S: cache slots a row has at the moment."""
         return 0 if self._state is None else self._state.cache[0][0].shape[2]
 
-    def empty_state(self, capacity: int) -> EngineState:
-        """A new device state at ``capacity`` slots a row: no row in it, the cache zeroed."""
-        plan, config = self.plan, self.target.config
-        shape = (plan.batch, config.num_kv_heads, capacity, config.head_dim)
-        return EngineState(
-            cache=kv.init_cache(config.num_layers, shape, self.target.dtype),
-            rows=init_rows(plan),
-            draft=() if self.drafter is None else self.drafter.init(plan.batch, capacity),
-        )
-
-    def abstract_state(self, capacity: int) -> EngineState:
-        """Shapes and dtypes of the device state at ``capacity`` slots, without allocating."""
-        return jax.eval_shape(lambda: self.empty_state(capacity))
-
-    def step_program(self, capacity: int, sampled: bool = False) -> jax.stages.Compiled:
-        """The speculative step at ``capacity`` slots, compiled from shapes alone:
-        ``f(leaves, draft_weights, state)``.
+    @property
+    def live_generation_bytes(self) -> int:
+        """Generation memory as it is: the state's arrays and the drafter's own weights, and what the compiler
+        says that the hungriest program run so far at this capacity needs beside them.
         """
-        return self._program(capacity, 0, sampled, speculative_step)
+        arrays = jax.tree.leaves(self._state) + [
+            leaf
+            for leaf in jax.tree.leaves(self.draft_weights)
+            if not any(leaf is shared for shared in self.target.leaves)
+        ]
+        programs = [c for (_, capacity, *_), c in self._compiled.items() if capacity == self.capacity]
+        extra = max((compiled_memory(program).extra for program in programs), default=0)
+        return sum(leaf.nbytes for leaf in arrays) + extra
+
+    def step_program(
+        self, capacity: int, sampled: bool = False, nodes: int | None = None, record: bool = False
+    ) -> jax.stages.Compiled:
+        """`Programs.step`, compiled: ``f(leaves, draft_weights, state)``."""
+        nodes = self.plan.tree_nodes if nodes is None else nodes
+        kind = "recording step" if record else "step"
+        return self._program(kind, capacity, nodes, sampled)
 
     def prefill_program(self, capacity: int, width: int, sampled: bool = False) -> jax.stages.Compiled:
-        """Prefill of ``width`` tokens at ``capacity`` slots, compiled from shapes alone."""
-        inputs = self._prefill_inputs([0], width, 0, 0, Request([0], 1))
-        return self._program(capacity, width, sampled, prefill_chunk, *jax.tree.map(jax.typeof, inputs))
+        """`Programs.prefill`, compiled."""
+        return self._program("prefill", capacity, width, sampled)
 
     def _program(
-        self, capacity: int, width: int, sampled: bool, step: Callable, *inputs: Any
+        self, kind: str, capacity: int, width: int = 0, sampled: bool = False
     ) -> jax.stages.Compiled:
-        key = (capacity, width, sampled)
-        if key not in self._programs:
-            function = functools.partial(step, self.target, self.drafter, sampled)
-            jitted = jax.jit(function, donate_argnums=(2,))
-            state = self.abstract_state(capacity)
-            lowered = jitted.lower(self.target.leaves, self.draft_weights, state, *inputs)
-            self._programs[key] = lowered.compile(compiler_options(self.target.platform))
-        return self._programs[key]
+        key = (kind, capacity, width, sampled)
+        if key not in self._compiled:
+            lower = self.programs
+            match kind:
+                case "prefill":
+                    lowered = lower.prefill(capacity, width, sampled)
+                case "catch up":
+                    lowered = lower.catch_up(capacity, width)
+                case "restore":
+                    lowered = lower.restore(capacity)
+                case _:
+                    lowered = lower.step(capacity, sampled, width, record=kind == "recording step")
+            self._compiled[key] = self.programs.compile(lowered)
+        return self._compiled[key]
+
+    def _run(self, program: jax.stages.Compiled, *inputs: Any) -> Any:
+        """Advance the state by a program; what else it gives is returned."""
+        state, self._state = self._state, None  # donated: a call that fails has eaten it
+        self._state, result = program(self.target.leaves, self.draft_weights, state, *inputs)
+        return result
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """Compile what these requests need first, and run it once, so that their clocks do not count it:
@@ -138,82 +134,139 @@ class Engine:
         """
         longest = max(len(request.prompt) for request in requests)
         kinds = sorted({request.sampling is not None for request in requests})
-        state, self._state = self._reserve(longest + 1), None
-        capacity = state.cache[0][0].shape[2]
+        steps = max(request.max_tokens for request in requests)
+        trees = self.chooser.ahead(steps) if self.chooser else (self.plan.tree_nodes,)
+        self._reserve(longest + 1)
+        capacity = self.capacity
         widths = {
             (width, request.sampling is not None)
             for request in requests
-            for _, width in chunk_starts(len(request.prompt), self.plan.chunks)
+            for _, width in self._chunk_starts(len(request.prompt))
         }
         # Steps over empty rows, and prefill of row 0 as one that is done at once.
-        for width, sampled in sorted({*((0, kind) for kind in kinds), *widths}):
-            if (capacity, width, sampled) in self._programs:
+        for kind, width, sampled in sorted(
+            {
+                *(("step", nodes, sampled) for nodes in trees for sampled in kinds),
+                *(("prefill", width, sampled) for width, sampled in widths),
+            }
+        ):
+            if (kind, capacity, width, sampled) in self._compiled:
                 continue
-            if width == 0:
-                program, inputs = self.step_program(capacity, sampled), ()
-            else:
-                program = self.prefill_program(capacity, width, sampled)
-                inputs = self._prefill_inputs([0], width, 0, 0, Request([0], 1))
-            state, _ = program(self.target.leaves, self.draft_weights, state, *inputs)
-        self._state = jax.block_until_ready(state)
+            if kind == "prefill" and any(self._held):
+                continue  # running it would overwrite what a chat keeps in row 0
+            inputs = () if kind == "step" else self._chunk_inputs([0], width, 0, 0, Request([0], 1))
+            self._run(self._program(kind, capacity, width, sampled), *inputs)
+        jax.block_until_ready(self._state)
         most = max(len(request.prompt) + request.max_tokens for request in requests)
         for sampled in kinds:
-            self.step_program(min(self._capacity_for(most), 2 * capacity), sampled)
+            for nodes in trees:
+                self.step_program(min(self._capacity_for(most), 2 * capacity), sampled, nodes)
 
     def _capacity_for(self, tokens: int) -> int:
         """Slots a row of so many tokens needs: the plan's next capacity, or what there is if that is more."""
         slots = max(min(tokens, self.plan.context) + self.plan.slack, self.plan.chunks[0])
         return max(self.plan.capacity_for(slots), self.capacity)
 
-    def _reserve(self, tokens: int) -> EngineState:
-        """The state, with room for ``tokens`` a row; on CPU the cache grows through the plan's capacities."""
+    def _reserve(self, tokens: int) -> None:
+        """Make room for ``tokens`` a row; on CPU the cache grows through the plan's capacities."""
         capacity = self._capacity_for(tokens)
         if self._state is None:
-            self._state = self.empty_state(capacity)
+            self._held = [None] * self.plan.batch
+            self._state = self.programs.empty_state(capacity)
         elif capacity > self.capacity:
-            draft = (
-                self._state.draft if self.drafter is None else self.drafter.grow(self._state.draft, capacity)
-            )
-            cache = kv.grow(self._state.cache, capacity)
-            self._state = dataclasses.replace(self._state, cache=cache, draft=draft)
-        return self._state
+            state, self._state = self._state, None
+            draft = state.draft if self.drafter is None else self.drafter.grow(state.draft, capacity)
+            cache = kv.grow(state.cache, capacity)
+            self._state = dataclasses.replace(state, cache=cache, draft=draft)
 
     def admit(self, row: int, request: Request) -> int:
         """Prefill a request into a free row and return its first new token.
 
         The caller has checked that prompt and ``max_tokens`` together fit ``plan.context``.
         """
-        ids = np.asarray(request.prompt, np.int32)
-        sampled = request.sampling is not None
-        state, first = self._reserve(len(ids)), None
-        for start, width in chunk_starts(len(ids), self.plan.chunks):
-            start = min(start, self.capacity - width)  # the last chunk may not hang over the end
-            inputs = self._prefill_inputs(ids[start : start + width], width, start, row, request)
-            program = self.prefill_program(self.capacity, width, sampled)
-            self._state = None  # donated: a call that fails has eaten it
-            state, first = program(self.target.leaves, self.draft_weights, state, *inputs)
-            self._state = state
-        assert first is not None
-        ids = [*map(int, request.prompt), int(first)]
-        log = RowLog(ids, len(request.prompt), request.max_tokens, tuple(request.stop_ids), sampled)
-        self.rows[row] = log
-        return log.ids[-1]
+        ids = list(map(int, request.prompt))
+        self._reserve(len(ids))
+        start = self._reuse(row, request) if request.reuse else 0
+        first = self._prefill(row, ids, start, request)
+        self.rows[row] = RowLog(request, [*ids, first], told=len(ids))
+        return first
 
-    def _prefill_inputs(
-        self, ids: Sequence[int] | np.ndarray, width: int, start: int, row: int, request: Request
+    def _prefill(self, row: int, ids: Sequence[int], begin: int, request: Request) -> int:
+        """Read ``ids`` from ``begin`` on; the token that follows them."""
+        first, sampled = None, request.sampling is not None
+        self._held[row] = None
+        for offset, width in self._chunk_starts(len(ids) - begin):
+            start = min(begin + offset, self.capacity - width)  # the last chunk may not hang over the end
+            inputs = self._chunk_inputs(ids[start : start + width], width, start, row, request)
+            first = self._run(self.prefill_program(self.capacity, width, sampled), *inputs)
+        assert first is not None
+        self.prefilled_tokens += len(ids) - begin
+        return int(first)
+
+    def _reuse(self, row: int, request: Request) -> int:
+        """Keep what the row's cache holds of the beginning of a prompt; how many tokens that is."""
+        held, ids = self._held[row], request.prompt
+        kept = 0 if held is None else common_prefix(held.ids[: held.cached], ids[:-1])
+        if held is None or not kept:
+            return 0
+        self._restore(row, ids[:kept], (), int(ids[kept]), request, request.max_tokens)
+        if self.drafter is not None:
+            self._catch_up(row, ids, min(held.told, kept), kept)
+        return kept
+
+    def rebuild(self, row: int, log: RowLog) -> None:
+        """Put a row whose cache was lost back, from its ids; it goes on as if nothing had been."""
+        self._reserve(len(log.ids))
+        self._prefill(row, log.ids[:-1], 0, log.request)
+        answer = log.new_ids
+        self._restore(row, log.ids[: log.num_prompt], answer, log.ids[-1], log.request, log.left)
+        log.told = log.cached
+        self.rows[row] = log
+
+    def _restore(
+        self,
+        row: int,
+        prompt: Sequence[int],
+        answer: Sequence[int],
+        pending: int,
+        request: Request,
+        left: int,
+    ) -> None:
+        """Tell the device of a row: prompt and answer, of which the last token is pending if there is one."""
+        V, recent = self.target.config.vocab_size, self.plan.max_bad_words[1] - 1
+        length = len(prompt) + max(0, len(answer) - 1)
+        settings = dataclasses.replace(self._settings(request), left=np.int32(left))
+        inputs = (np.int32(row), np.int32(length), np.int32(pending), settings)
+        self._run(self._program("restore", self.capacity), *inputs, *history_of(prompt, answer, V, recent))
+
+    def _catch_up(self, row: int, ids: Sequence[int], told: int, end: int) -> None:
+        """Tell the drafter what a row committed while it slept: positions from ``told`` to ``end``."""
+        for offset, width in self._chunk_starts(end - told):
+            start = min(told + offset, self.capacity - width)
+            inputs = _chunk(ids[start : min(start + width, end)], width, start, row)
+            self._run(self._program("catch up", self.capacity, width), *inputs)
+
+    def _chunk_starts(self, length: int) -> list[tuple[int, int]]:
+        if self.plan.whole_prompts:
+            return [(0, -(-length // 64) * 64)] if length else []
+        return chunk_starts(length, self.plan.chunks)
+
+    def _chunk_inputs(
+        self, ids: Sequence[int], width: int, start: int, row: int, request: Request
     ) -> tuple[Any, ...]:
-        tokens = np.zeros((1, width), np.int32)
-        tokens[0, : len(ids)] = ids
+        return (*_chunk(ids, width, start, row), self._settings(request))
+
+    def _settings(self, request: Request) -> Settings:
         stops = np.full((self.plan.max_stop_ids,), -1, np.int32)
         stops[: len(request.stop_ids)] = request.stop_ids
-        settings = Settings(np.int32(request.max_tokens), stops, request.sampling or self._greedy)
-        return tokens, np.int32(start), np.int32(len(ids)), np.int32(row), settings
+        return Settings(np.int32(request.max_tokens), stops, request.sampling or self._greedy)
 
     def release(self, row: int) -> RowLog:
         """Take a row's log out and free its slot; a row that was not finished emits nothing more."""
         log = self.rows[row]
         assert log is not None
         self.rows[row] = None
+        self._held[row] = log
         if not log.finished and self._state is not None:
             rows = self._state.rows
             rows = dataclasses.replace(rows, done=rows.done.at[row].set(True))
@@ -225,35 +278,41 @@ class Engine:
         live = [log for log in self.rows if log is not None and not log.finished]
         if not live:
             return
-        deepest = self.plan.max_depth + 1
-        left = max(log.max_tokens - len(log.new_ids) for log in live)
-        steps = max(1, min(max_steps, -(-left // deepest)))
-        longest = max(len(log.ids) for log in live)
-        state = self._reserve(longest + steps * deepest)
-        step = self.step_program(self.capacity, any(log.sampled for log in live))
-        emitted = []
-        self._state = None  # donated: a call that fails has eaten it
+        nodes = self.plan.tree_nodes
+        if self.chooser is not None:
+            nodes, max_steps = self.chooser.choose(max_steps)
+        deepest = self._max_depth(nodes) + 1
+        steps = max(1, min(max_steps, -(-max(log.left for log in live) // deepest)))
+        self._reserve(max(len(log.ids) for log in live) + steps * deepest)
+        step = self.step_program(self.capacity, any(log.sampled for log in live), nodes)
+        for row, log in enumerate(self.rows):
+            if nodes > 1 and log is not None and not log.finished:
+                self._catch_up(row, log.ids, log.told, log.cached)
+        began, emitted = time.perf_counter(), []
         for _ in range(steps):
-            state, out = step(self.target.leaves, self.draft_weights, state)
+            out = self._run(step)
             emitted.append((out.tokens, out.counts, out.live))
-        self._state = state
-        for result in jax.device_get(emitted):
+        results = jax.device_get(emitted)
+        seconds = time.perf_counter() - began
+        turns = tokens_of_all = 0  # a row's part in a step is a turn
+        for result in results:
             for log, tokens, count, took_part in zip(self.rows, *result, strict=True):
                 if log is not None and took_part:
                     log.ids.extend(tokens[:count].tolist())
                     log.accepted_lengths.append(int(count))
+                    log.tree_nodes.append(nodes)
+                    log.told = log.cached if nodes > 1 else log.told
+                    turns, tokens_of_all = turns + 1, tokens_of_all + int(count)
+        if self.chooser is not None:
+            self.chooser.record(nodes, steps, seconds, steps * tokens_of_all / max(turns, 1))
+
+    def _max_depth(self, nodes: int) -> int:
+        drafter = None if nodes == 1 else self.drafter
+        return 0 if drafter is None else drafter.limited(nodes).max_depth
 
 
-def chunk_starts(length: int, chunks: Sequence[int]) -> list[tuple[int, int]]:
-    """``(start, width)`` of the chunks that cover a prompt: large ones first, the rest in small ones.
-
-    Three or more small chunks are worth one large one.
-    """
-    large, small = chunks[0], chunks[-1]
-    plan, start = [], 0
-    while start < length:
-        rest = length - start
-        width = large if rest > 3 * small or large == small else small
-        plan.append((start, width))
-        start += width
-    return plan
+def _chunk(ids: Sequence[int], width: int, start: int, row: int) -> tuple[Any, ...]:
+    """Inputs of a chunk of ``width`` tokens at position ``start`` of ``row``."""
+    tokens = np.zeros((1, width), np.int32)
+    tokens[0, : len(ids)] = ids
+    return tokens, np.int32(start), np.int32(len(ids)), np.int32(row)

@@ -7,20 +7,22 @@ when they are traced, between the argmax of the logits and `sampling.choose`.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from specmemo_jax.draft.protocol import Drafter, State, View
 from specmemo_jax.llama import kv
-from specmemo_jax.llama.model import Llama, forward, logits
+from specmemo_jax.llama.model import Llama, by_parts, forward, logits
 from specmemo_jax.llama.packing import Target
 from specmemo_jax.speculate.accept import Accepted, accept_greedy, accept_sampled
 from specmemo_jax.speculate.rows import Rows, Settings, advance
 from specmemo_jax.speculate.sampling import History, choose, remember
 from specmemo_jax.speculate.tree import Tree, ancestor_mask, root_only
+from specmemo_jax.speculate.unbounded import choices_by_path, last_of_all_logits
 
 
 @jax.tree_util.register_dataclass
@@ -36,16 +38,53 @@ class EngineState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Emitted:
-    """What one step said: ``tokens[b, :counts[b]]``; ``live[b]``: the row took part in it."""
+    """What one step said: ``tokens[b, :counts[b]]``; ``live[b]``: the row took part in it.
+
+    ``tree``: what was proposed, where a recording program was asked for.
+    """
 
     tokens: Int[Array, "B P"]
     counts: Int[Array, " B"]
     live: Bool[Array, " B"]
+    tree: Tree | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which intermediate results exist at once.
+
+    ``score_nodes``, ``logit_nodes``: the most nodes whose attention scores, and whose logits, do; None
+    for all. Fewer cost reading the cache, or the head, once more a part. ``prompt_logits`` and
+    ``path_logits`` are what the unbounded baseline allocates (`specmemo_jax.speculate.unbounded`).
+    """
+
+    score_nodes: int | None = None
+    logit_nodes: int | None = None
+    prompt_logits: bool = False
+    path_logits: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeLimits:
+    """What is known of a drafter's trees while a program is traced; the fields are `Drafter`'s."""
+
+    widths: tuple[int, ...] = (1,)
+    max_depth: int = 0
+    max_leaves: int = 1
+    is_chain: bool = True
+
+    @classmethod
+    def of(cls, drafter: Drafter | None) -> "TreeLimits":
+        """The drafter's; of none, the root alone."""
+        if drafter is None:
+            return cls()
+        return cls(drafter.widths, drafter.max_depth, drafter.max_leaves, drafter.is_chain)
 
 
 def prefill_chunk(
     target: Target,
     drafter: Drafter | None,
+    layout: Layout,
     sampled: bool,
     leaves: tuple[Array, ...],
     weights: Any,
@@ -65,13 +104,24 @@ def prefill_chunk(
     model = target.merge(leaves)
     C, B = tokens.shape[1], state.rows.lengths.shape[0]
     starts, rows = start[None], row[None]
-    cache = kv.select_rows(state.cache, rows)
     causal = jnp.tril(jnp.ones((1, C, C), bool))
+    positions = starts[:, None] + jnp.arange(C)[None, :]
     hidden, new = forward(
-        model, cache, tokens, starts[:, None] + jnp.arange(C)[None, :], causal, starts, target.platform
+        model,
+        state.cache,
+        tokens,
+        positions,
+        causal,
+        starts,
+        target.platform,
+        score_nodes=layout.score_nodes,
+        rows=rows,
     )
-    last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)
-    scores = logits(model, last, target.platform)[:, 0]
+    if layout.prompt_logits:
+        scores = last_of_all_logits(model, hidden, count, target.platform)
+    else:
+        last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)
+        scores = logits(model, last, target.platform)[:, 0]
     history = _read(state.rows.history, tokens, start, count, row)
     if sampled:
         settings_row = jax.tree.map(lambda x: x[None], settings)
@@ -114,23 +164,27 @@ def _read(
 def speculative_step(
     target: Target,
     drafter: Drafter | None,
+    layout: Layout,
     sampled: bool,
+    record: bool,
     leaves: tuple[Array, ...],
     weights: Any,
     state: EngineState,
 ) -> tuple[EngineState, Emitted]:
     """Draft, verify, accept, commit: every row emits between one token and its tree's depth + 1.
 
-    Without a drafter the tree is the root alone, which is plain decoding.
+    Without a drafter the tree is the root alone, which is plain decoding; the state of a drafter
+    that sleeps passes through.
     """
     model, rows, draft = target.merge(leaves), state.rows, state.draft
     view = View(weights, model, state.cache, target.platform)
+    limits = TreeLimits.of(drafter)
     if drafter is None:
-        tree, max_depth, widths, is_chain = root_only(rows.pending), 0, (1,), True
+        tree = root_only(rows.pending)
     else:
         tree, draft = drafter.propose(view, draft, rows.pending, rows.lengths)
-        max_depth, widths, is_chain = drafter.max_depth, drafter.widths, drafter.is_chain
-    verifiers = [_verifier(model, target.platform, sampled, is_chain, max_depth, width) for width in widths]
+    widths = limits.widths
+    verifiers = [_verifier(model, target.platform, layout, sampled, limits, width) for width in widths]
     if len(verifiers) == 1:
         accepted, new, history = verifiers[0](tree, rows, state.cache)
     else:
@@ -145,37 +199,106 @@ def speculative_step(
     if drafter is not None:
         committed = jnp.concatenate([rows.pending[:, None], accepted.emitted[:, :-1]], axis=1)
         draft = drafter.observe(view, draft, every, committed, rows.lengths, counts)
-    return EngineState(cache, advanced, draft), Emitted(accepted.emitted, counts, ~rows.done)
+    return EngineState(cache, advanced, draft), Emitted(
+        accepted.emitted, counts, ~rows.done, tree if record else None
+    )
+
+
+def catch_up(
+    target: Target,
+    drafter: Drafter,
+    leaves: tuple[Array, ...],
+    weights: Any,
+    state: EngineState,
+    tokens: Int[Array, "1 C"],
+    start: Int[Array, ""],
+    count: Int[Array, ""],
+    row: Int[Array, ""],
+) -> tuple[EngineState, None]:
+    """Tell a drafter that slept ``count`` (of C) committed tokens of ``row``, from position ``start``."""
+    view = View(weights, target.merge(leaves), state.cache, target.platform)
+    draft = drafter.observe(view, state.draft, row[None], tokens, start[None], count[None])
+    return dataclasses.replace(state, draft=draft), None
+
+
+def restore(
+    leaves: tuple[Array, ...],
+    weights: Any,
+    state: EngineState,
+    row: Int[Array, ""],
+    length: Int[Array, ""],
+    pending: Int[Array, ""],
+    settings: Settings,
+    seen: Int[Array, " V"],
+    recent: Int[Array, " M"],
+) -> tuple[EngineState, None]:
+    """Set what the device knows of ``row``, whose first ``length`` positions are in the cache."""
+    rows = state.rows
+    history = History(rows.history.seen.at[row].set(seen), rows.history.recent.at[row].set(recent))
+    restored = Rows(
+        lengths=rows.lengths.at[row].set(length),
+        pending=rows.pending.at[row].set(pending),
+        done=rows.done.at[row].set(settings.left <= 0),
+        settings=jax.tree.map(lambda whole, mine: whole.at[row].set(mine), rows.settings, settings),
+        history=history,
+    )
+    return dataclasses.replace(state, rows=restored), None
 
 
 def _verifier(
-    model: Llama, platform: str, sampled: bool, is_chain: bool, max_depth: int, width: int
+    model: Llama, platform: str, layout: Layout, sampled: bool, limits: TreeLimits, width: int
 ) -> Callable[[Tree, Rows, kv.KVCache], tuple[Accepted, kv.NewKV, History]]:
     """Verification of a tree's first ``width`` nodes: the accepted path, its keys and values, the history.
 
     All results are as wide as the deepest tree's path, so that every width's are alike.
     """
-    depth = min(max_depth, width - 1)
+    depth = min(limits.max_depth, width - 1)
 
     def verify(tree: Tree, rows: Rows, cache: kv.KVCache) -> tuple[Accepted, kv.NewKV, History]:
         tree = jax.tree.map(lambda x: x[:, :width], tree)
         ancestors = ancestor_mask(tree.parents, depth)
         tokens, positions = jnp.maximum(tree.tokens, 0), rows.lengths[:, None] + tree.depths
-        hidden, new = forward(model, cache, tokens, positions, ancestors, rows.lengths, platform)
-        scores, history = logits(model, hidden, platform), rows.history
+        hidden, new = forward(
+            model, cache, tokens, positions, ancestors, rows.lengths, platform, score_nodes=layout.score_nodes
+        )
+        history = rows.history
         if sampled:
+            logits_at = _logits_at(model, platform, hidden, layout.logit_nodes)
             sampling, stop_ids = rows.settings.sampling, rows.settings.stop_ids
             accepted, history = accept_sampled(
-                tree, scores, sampling, history, stop_ids, rows.lengths, ~rows.done, depth
+                tree, logits_at, sampling, history, stop_ids, rows.lengths, ~rows.done, depth
             )
+        elif layout.path_logits:
+            scores = logits(model, hidden, platform)
+            choices = choices_by_path(tree, ancestors, scores, depth, limits.max_leaves)
+            accepted = accept_greedy(tree, ancestors, choices, depth)
         else:
-            accepted = accept_greedy(tree, ancestors, jnp.argmax(scores, axis=-1).astype(jnp.int32), depth)
-        if not is_chain:
+            choices = by_parts(partial(_likeliest, model, platform), layout.logit_nodes, hidden)
+            accepted = accept_greedy(tree, ancestors, choices, depth)
+        if not limits.is_chain:
             at = accepted.path[:, None, :, None]
             new = jax.tree.map(lambda x: jnp.take_along_axis(x, at, axis=2), new)
-        more = max_depth - depth
+        more = limits.max_depth - depth
         new = jax.tree.map(lambda x: jnp.pad(x[:, :, : depth + 1], ((0, 0), (0, 0), (0, more), (0, 0))), new)
         path, emitted = (jnp.pad(x, ((0, 0), (0, more))) for x in (accepted.path, accepted.emitted))
         return Accepted(path, emitted, accepted.counts), new, history
 
     return verify
+
+
+def _likeliest(model: Llama, platform: str, hidden: Float[Array, "B T H"]) -> Int[Array, "B T"]:
+    return jnp.argmax(logits(model, hidden, platform), axis=-1).astype(jnp.int32)
+
+
+def _logits_at(
+    model: Llama, platform: str, hidden: Float[Array, "B T H"], logit_nodes: int | None
+) -> Callable[[Int[Array, " B"]], Float[Array, "B V"]]:
+    """Logits of a node a row: all computed at once, or each when asked for."""
+    if logit_nodes is None or logit_nodes >= hidden.shape[1]:
+        every = logits(model, hidden, platform)
+        return lambda node: jnp.take_along_axis(every, node[:, None, None], axis=1)[:, 0]
+
+    def visit(node: Int[Array, " B"]) -> Float[Array, "B V"]:
+        return logits(model, jnp.take_along_axis(hidden, node[:, None, None], axis=1), platform)[:, 0]
+
+    return visit

@@ -49,11 +49,12 @@ def test_plan_against_the_compiler(name, batch, dtype):
     plan = make_plan(TINY, dtype=target.dtype, platform="cpu", batch=batch, drafter=drafter)
     engine = Engine(target, drafter, plan)
     largest = plan.capacities[-1]
-    state = engine.abstract_state(largest)
+    state = engine.programs.abstract_state(largest)
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     draft_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.draft_weights))
     assert target.num_bytes == plan.weights_bytes
     assert sum(b.bytes for b in plan.buffers) == target.num_bytes + draft_bytes + state_bytes
+    assert sum(term.bytes for term in plan.terms) == plan.peak_bytes
     for sampled in (False, True):
         programs = [
             engine.step_program(largest, sampled),
@@ -72,16 +73,6 @@ def test_shapes_are_the_plans():
     assert make_plan(TINY, dtype=F32, platform="gpu").capacities == (320,)
     assert "target KV" in cpu.table()
     assert cpu.generation_bytes == cpu.peak_bytes - cpu.weights_bytes
-
-
-def test_budget():
-    plan = make_plan(TINY, dtype=F32, platform="cpu", context=200)
-    assert make_plan(TINY, dtype=F32, platform="cpu", context=200, budget=plan.peak_bytes) == plan
-    with pytest.raises(CapacityError, match="would work"):
-        make_plan(TINY, dtype=F32, platform="cpu", context=200, budget=plan.peak_bytes - 1)
-    whole = make_plan(TINY, dtype=F32, platform="cpu", batch=64)
-    reduced = make_plan(TINY, dtype=F32, platform="cpu", batch=64, budget=whole.peak_bytes - 1)
-    assert reduced.context < TINY.max_context
 
 
 def test_contexts_and_batches_that_cannot_be():

@@ -22,7 +22,8 @@ from specmemo_jax.sampling_params import SamplingParams
 from specmemo_jax.serve import device_sampling, pad_bad_words
 from specmemo_jax.speculate import step
 from specmemo_jax.speculate.accept import Accepted
-from specmemo_jax.speculate.engine import Engine, Request
+from specmemo_jax.speculate.engine import Engine
+from specmemo_jax.speculate.row_log import Request
 from specmemo_jax.speculate.sampling import choose, remember
 from specmemo_jax.testing import TINY, tiny_llama
 
@@ -65,7 +66,7 @@ def draw(drafter):
     sampling = device_sampling(PARAMS, PROMPT, 0, pad_bad_words((), plan))
     pending = engine.admit(0, Request(PROMPT, 30, (), sampling))
     many = jax.tree.map(lambda leaf: jnp.repeat(leaf, ROWS, axis=0), engine.take_state())
-    run = jax.jit(functools.partial(step.speculative_step, TARGET, drafter, True))
+    run = jax.jit(functools.partial(step.speculative_step, TARGET, drafter, step.Layout(), True, False))
     counts, emitted = np.zeros((V, V)), 0
     for block in range(DRAWS // ROWS):
         keys = jnp.stack([jnp.full((ROWS,), block, jnp.uint32), jnp.arange(ROWS, dtype=jnp.uint32)], axis=1)
@@ -103,16 +104,17 @@ def test_distribution_is_the_target_s(name):
     assert p_value(pending, counts) > 1e-4
 
 
-def accept_any_likely_child(tree, logits, sampling, history, stop_ids, lengths, live, max_depth):
+def accept_any_likely_child(tree, logits_at, sampling, history, stop_ids, lengths, live, max_depth):
     """A wrong rule: the first child is taken with its own probability, else the target draws again
     without taking the child out of its distribution.
     """
     rows = jnp.arange(tree.tokens.shape[0])
+    root, first_child = logits_at(jnp.zeros_like(rows)), logits_at(jnp.ones_like(rows))
     again = dataclasses.replace(sampling, key=sampling.key + jnp.uint32(1 << 20))
-    one = choose(logits[:, 0], sampling, history, stop_ids, lengths + 1)
+    one = choose(root, sampling, history, stop_ids, lengths + 1)
     child = (tree.parents[:, 1] == 0) & (tree.tokens[:, 1] == one)
-    one = jnp.where(child, one, choose(logits[:, 0], again, history, stop_ids, lengths + 1))
-    two = choose(logits[rows, 1], sampling, history, stop_ids, lengths + 2)
+    one = jnp.where(child, one, choose(root, again, history, stop_ids, lengths + 1))
+    two = choose(first_child, sampling, history, stop_ids, lengths + 2)
     path = jnp.zeros((len(rows), max_depth + 1), jnp.int32).at[:, 1].set(1)
     emitted = jnp.zeros((len(rows), max_depth + 1), jnp.int32).at[:, 0].set(one).at[:, 1].set(two)
     return Accepted(path, emitted, jnp.where(child, 2, 1)), remember(history, one, live)

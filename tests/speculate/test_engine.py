@@ -14,7 +14,8 @@ from specmemo_jax.llama.packing import pack
 from specmemo_jax.memory.plan import MAX_BAD_WORDS, make_plan
 from specmemo_jax.sampling_params import SamplingParams
 from specmemo_jax.serve import device_sampling
-from specmemo_jax.speculate.engine import Engine, Request, RowLog, chunk_starts
+from specmemo_jax.speculate.engine import Engine
+from specmemo_jax.speculate.row_log import Request, RowLog, chunk_starts
 from specmemo_jax.speculate.tree import Tree
 from specmemo_jax.testing import TINY, tiny_llama
 

@@ -1,0 +1,107 @@
+"""``specmemo calibrate``: measure this device, and how often drafts are accepted."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from specmemo_jax.cli import options
+
+EPILOG = """Examples:
+
+\b
+specmemo calibrate
+specmemo calibrate --drafter self:10 --prompts question.jsonl
+"""
+
+PromptsFile = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts",
+        "-p",
+        metavar="FILE",
+        help="JSONL prompts to measure on how often the drafter's tokens are accepted.",
+        rich_help_panel=options.PROMPTS,
+    ),
+]
+Timing = Annotated[
+    bool,
+    typer.Option(
+        "--timing/--no-timing",
+        help="Measure times; without, only the prompts are run.",
+        rich_help_panel=options.OUTPUT,
+    ),
+]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Where the acceptance profile goes; default: the user's cache.",
+        rich_help_panel=options.OUTPUT,
+    ),
+]
+
+
+def calibrate(
+    model: options.Model = options.DEFAULT_MODEL,
+    dtype: options.NumberFormat = options.Dtype.auto,
+    drafter: options.Drafter = "auto",
+    tree_nodes: options.TreeNodes = None,
+    prompts_file: PromptsFile = None,
+    limit: options.Limit = None,
+    max_tokens: options.MaxTokens = 128,
+    timing: Timing = True,
+    output: Output = None,
+) -> None:
+    """Measure what plans are made from, on this device.
+
+    Step times over tree, context and batch, prompt chunks, drafting, and memory bandwidth are kept in the
+    cache for this device, model, dtype and versions. With --prompts, so is the chance that a drafted token
+    is accepted, by its depth and rank. Let nothing else run meanwhile.
+    """
+    if prompts_file is None and (output is not None or not timing):
+        raise typer.BadParameter("--output and --no-timing are about --prompts FILE, which was not given")
+    if prompts_file is not None and drafter == "none":
+        raise typer.BadParameter("--drafter none has nothing to accept; ngram or self:K works with --prompts")
+
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+    from specmemo_jax import calibrate as work
+    from specmemo_jax.compilation import enable_compilation_cache
+    from specmemo_jax.outlook import outlook
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    enable_compilation_cache()
+    if prompts_file is not None:
+        work.check_prompts(prompts_file)  # before minutes of measuring
+    subject = work.open_subject(model, dtype.value, drafter, tree_nodes)
+    if timing:
+        calibration = work.calibrate(subject, progress=say)
+        path = calibration.save()
+        print(f"{'batch':>6}{'nodes':>7}{'slots':>7}{'ms a step':>11}")
+        for p in calibration.steps:
+            print(f"{p.batch:>6}{p.nodes:>7}{p.capacity:>7}{1e3 * p.seconds:>11.2f}")
+        for p in calibration.prefills:
+            print(f"prompt chunk of {p.chunk}: {1e3 * p.seconds:.2f} ms")
+        for p in calibration.drafts:
+            print(f"{p.drafter}, {p.nodes} nodes: {1e3 * p.seconds:.2f} ms a step")
+        print(f"bandwidth {calibration.bandwidth / 1e9:.1f} GB/s, {calibration.flops / 1e12:.2f} TFLOP/s")
+        print(f"kept in {path}")
+    if prompts_file is not None:
+        with tqdm(unit="answer", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+            found = work.profile(
+                subject, prompts_file, max_tokens=max_tokens, limit=limit, progress=bar.update
+            )
+        path = work.profile_path(subject) if output is None else Path(output)
+        found.save(path)
+        print(f"{found.source}: a step has a candidate in {found.filled:.0%}")
+        assert subject.drafter is not None
+        length = outlook(found, subject.drafter).accepted_length
+        print(f"{subject.drafter.num_nodes} nodes: {length:.2f} tokens a step")
+        print(f"kept in {path}")

@@ -1,0 +1,36 @@
+"""What drafting keeps alive while a program runs, for the memory model (docs/memory-model.md)."""
+
+import dataclasses
+
+from specmemo_jax.draft.lookahead import Shape
+from specmemo_jax.memory.activations import FULL, Live, Pass, array, attention, head, projections
+
+
+def lookahead_phases(draft: Pass, unread: int, shape: Shape) -> tuple[Live, ...]:
+    """Live sets of `lookahead` by a draft whose passes are like ``draft``, after ``unread`` U tokens a row.
+
+    The first pass reads U + 1 nodes a row; each further one ``branches`` nodes that see all before them,
+    whose keys and values are then held twice, as they were and with the level's appended.
+    """
+    k, B = shape.branches, draft.rows
+    first = dataclasses.replace(draft, nodes=unread + 1, seen=unread + 1)
+    live = [*attention(first), *projections(first), *_choice(first, B, k)]
+    if shape.depth > 1:
+        seen = unread + 1 + (shape.depth - 1) * k
+        last = dataclasses.replace(draft, nodes=k, seen=seen)
+        K, D, layers = last.heads[1], draft.config.head_dim, last.depth
+        nodes = array("keys and values of earlier levels", (2, layers, 2, B, K, seen, D), draft.itemsize)
+        level = array("keys and values of one layer's levels", (2, B, K, seen, D), FULL)
+        live += [
+            (*phase, nodes, level)
+            for phase in (*attention(last), *projections(last), *_choice(last, B * k, k))
+        ]
+    return tuple(live)
+
+
+def _choice(p: Pass, rows: int, branches: int) -> tuple[Live, ...]:
+    """The logits of ``rows`` nodes, and what picking the likeliest takes: log probabilities, ids to sort."""
+    scores = array(
+        "logits, ids to sort", (3 if branches > 1 else 1, rows, -(-p.config.vocab_size // p.shards)), FULL
+    )
+    return tuple((*live, scores) for live in head(p, rows, False, rows))

@@ -1,0 +1,231 @@
+"""The memory of generation in theory: every persistent buffer exactly, each program's peak of temporaries.
+
+Pure arithmetic over shapes; nothing is traced or compiled. ``docs/memory-model.md`` derives every term,
+and ``scripts/check_memory_model.py`` holds the sums against the compiler.
+"""
+
+import dataclasses
+import functools
+
+from specmemo_jax.llama.config import LlamaConfig
+from specmemo_jax.memory.activations import (
+    FULL,
+    Live,
+    Pass,
+    array,
+    attention,
+    backends,
+    head,
+    kept,
+    projections,
+)
+from specmemo_jax.memory.buffers import Buffer, DraftCost
+
+WEIGHTS = "target weights"
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+GPU_ALIGNMENT = 256  # bytes to which XLA's and CUDA's allocators round every buffer
+MAX_STOP_IDS = 8
+MAX_BAD_WORDS = (16, 8)  # token sequences a row, and tokens of the longest
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramFootprint:
+    """What a program needs beside the persistent buffers at its peak: live set, inputs and outputs."""
+
+    name: str
+    terms: tuple[Buffer, ...]
+
+    @functools.cached_property
+    def bytes(self) -> int:
+        """The sum of the terms."""
+        return sum(term.bytes for term in self.terms)
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """Bytes a device. ``reserve``: the platform's own, outside of generation memory."""
+
+    persistent: tuple[Buffer, ...]
+    programs: tuple[ProgramFootprint, ...]
+    reserve: int
+
+    @property
+    def weights_bytes(self) -> int:
+        """The target's weights as packed, shared tables once."""
+        return sum(buffer.bytes for buffer in self.persistent if buffer.name == WEIGHTS)
+
+    @property
+    def largest(self) -> ProgramFootprint:
+        """The program with the highest peak."""
+        return max(self.programs, key=lambda program: program.bytes)
+
+    @property
+    def generation_bytes(self) -> int:
+        """Persistent buffers without the target's weights, and the largest program's temporaries."""
+        persistent = sum(buffer.bytes for buffer in self.persistent if buffer.name != WEIGHTS)
+        return persistent + (self.largest.bytes if self.programs else 0)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Reserve, weights and generation memory."""
+        return self.reserve + self.weights_bytes + self.generation_bytes
+
+
+def footprint(
+    config: LlamaConfig,
+    drafter: DraftCost | None,
+    *,
+    dtype: str,
+    platform: str,
+    batch: int,
+    capacity: int,
+    chunks: tuple[int, ...],
+    tree_nodes: int,
+    widths: tuple[int, ...] = (1,),
+    shards: int = 1,
+    kv_dtype: str | None = None,
+    score_nodes: int | None = None,
+    logit_nodes: int | None = None,
+    policy: str = "plan",
+    compute_capability: str | None = None,
+    reserve: int = 0,
+) -> Footprint:
+    """Price a plan's shapes on one of ``shards`` devices.
+
+    Args:
+        config: the target's.
+        drafter: what proposes, with its own buffers and temporaries; None for plain decoding.
+        dtype: of the weights, and of the cache where ``kv_dtype`` is None.
+        platform: ``"cpu"`` or ``"gpu"``.
+        batch: B rows.
+        capacity: S cache slots a row.
+        chunks: prefill widths C.
+        tree_nodes: T, root included.
+        widths: numbers of nodes that one step chooses from while it runs.
+        shards: devices that split the target; the drafter is whole on each.
+        score_nodes: most nodes whose attention scores exist at once, None for all.
+        logit_nodes: most nodes whose logits exist at once, None for all.
+        policy: ``"plan"``; ``"unbounded"`` and ``"unbounded-last-row"`` price the baselines.
+        compute_capability: of a CUDA device, ``"8.0"``; None prices the worse of what a GPU may do.
+        reserve: bytes the platform takes before anything is allocated.
+    """
+    item = ITEM_BYTES[dtype]
+    buffers = (
+        weights(config, dtype, shards),
+        *state(config, kv_dtype or dtype, batch, capacity, shards),
+        *(() if drafter is None else drafter.buffers(batch, capacity)),
+    )
+    if platform != "cpu":
+        leaves = 2 * config.num_layers + 24 + (8 if drafter is None else 64)
+        buffers += (Buffer("alignment", (leaves,), "padding", leaves * GPU_ALIGNMENT),)
+
+    programs: dict[str, ProgramFootprint] = {}
+    for backend in backends(platform, compute_capability):
+        base = Pass(config, item, backend, batch, 1, capacity, score_nodes=score_nodes, shards=shards)
+        nodes = max(tree_nodes, *widths)
+        found = [_step(base, drafter, nodes, logit_nodes, policy)] if nodes > 1 else []
+        found.append(_step(base, None, 1, None, policy))
+        found += [_prefill(base, drafter, width, policy) for width in chunks]
+        for program in found:
+            known = programs.get(program.name)
+            programs[program.name] = program if known is None else max(known, program, key=lambda p: p.bytes)
+    return Footprint(buffers, tuple(programs.values()), reserve)
+
+
+def _step(
+    base: Pass, drafter: DraftCost | None, nodes: int, logit_nodes: int | None, policy: str
+) -> ProgramFootprint:
+    """Draft, verify, accept, commit: what is drafted with has gone when the target runs."""
+    config, batch = base.config, base.rows
+    depth = 0 if drafter is None else drafter.max_depth
+    in_order = nodes == 1 or bool(getattr(drafter, "is_chain", False))
+    verify = dataclasses.replace(base, nodes=nodes, in_order=in_order)
+    kv_heads, D = verify.heads[1], config.head_dim
+    path = array(
+        "accepted keys and values", (config.num_layers, 2, batch, kv_heads, depth + 1, D), base.itemsize
+    )
+    peaks = [*attention(verify), *projections(verify), (*kept(verify), path)]
+    by_parts = logit_nodes is not None and logit_nodes < nodes
+    peaks += head(verify, batch * (logit_nodes if by_parts and logit_nodes else nodes), False, batch)
+    peaks += head(verify, batch * (1 if by_parts else nodes), True, batch)
+    if policy == "unbounded" and drafter is not None:
+        leaves = getattr(drafter, "max_leaves", 1)
+        paths = array("logits by path", (batch, leaves, depth + 1, config.vocab_size), FULL)
+        peaks += [(*live, paths) for live in head(verify, batch * nodes, False, batch)]
+    if drafter is not None:
+        peaks += drafter.phases(verify, None)
+    return _program("step" if nodes > 1 else "plain step", peaks, _emitted(config, batch, depth))
+
+
+def _prefill(base: Pass, drafter: DraftCost | None, width: int, policy: str) -> ProgramFootprint:
+    """A chunk of one row. The drafter reads it in the same program, unordered, so both may live."""
+    config = base.config
+    read = dataclasses.replace(base, rows=1, nodes=width, gathered=base.rows > 1)
+    rows = width if policy == "unbounded" else 1
+    seen = array("seen tokens of a row", (config.vocab_size,), FULL, "int32")
+    peaks = [(*live, seen) for live in (*attention(read), *projections(read))]
+    peaks += [(*live, seen, seen, seen) for live in head(read, rows, True, 1)]
+    drafting = () if drafter is None else drafter.phases(base, width)
+    beside: Live = ()
+    if drafting and read.on_cpu:
+        beside = max(drafting, key=_size)
+    elif drafting:  # one after the other, while what the other keeps for its commit waits
+        peaks = [(*live, *min(drafting, key=_size)) for live in peaks] + [
+            (*live, *kept(read)) for live in drafting
+        ]
+    inputs = array("tokens and settings", (width + 256,), FULL)
+    return _program(f"prefill {width}", peaks, (*beside, inputs, *_emitted(config, base.rows, 0)))
+
+
+def weights(config: LlamaConfig, dtype: str, shards: int) -> Buffer:
+    """The target's packed weights on one device: norms and the biases of hidden states are whole."""
+    H, D, L = config.hidden_size, config.head_dim, config.num_layers
+    N, K = config.num_heads, config.num_kv_heads
+    split = (1 if config.tied_embeddings else 2) * config.vocab_size * H
+    split += L * ((2 * N + 2 * K) * D * H + 3 * H * config.ffn_size)
+    whole = H + L * 2 * H
+    if config.attention_bias:
+        split, whole = split + L * (N + 2 * K) * D, whole + L * H
+    if config.mlp_bias:
+        split, whole = split + L * 2 * config.ffn_size, whole + L * H
+    count = split // shards + whole
+    return Buffer(WEIGHTS, (count,), dtype, count * ITEM_BYTES[dtype])
+
+
+def state(config: LlamaConfig, dtype: str, batch: int, capacity: int, shards: int) -> tuple[Buffer, ...]:
+    """The engine's state on one device, without the drafter's: cache, rows and the tokens seen."""
+    heads = config.num_kv_heads // shards
+    cache = array(
+        "target KV",
+        (config.num_layers, 2, batch, heads, capacity, config.head_dim),
+        ITEM_BYTES[dtype],
+        dtype,
+    )
+    return (
+        cache,
+        Buffer("rows", (batch,), "settings", batch * row_bytes()),
+        array("seen tokens", (batch, config.vocab_size), FULL, "int32"),
+    )
+
+
+def row_bytes() -> int:
+    """What `specmemo_jax.speculate.rows.Rows` holds a row, beside the seen tokens."""
+    words, longest = MAX_BAD_WORDS
+    own = 4 + 4 + 1  # lengths, pending, done
+    limits = 4 + 4 * MAX_STOP_IDS  # left, stop_ids
+    sampling = 6 * 4 + 4 + 4 + 8 + 4 * words * longest  # factors, top_k, min_length, key, bad_words
+    return own + limits + sampling + 4 * (longest - 1)  # and the answer's recent tokens
+
+
+def _emitted(config: LlamaConfig, batch: int, depth: int) -> Live:
+    """Results that alias no argument: tokens, counts, live rows, and the table of a tuple's pointers."""
+    pointers = 8 * (2 * config.num_layers + 64)
+    return (Buffer("emitted", (batch, depth + 1), "int32", batch * (4 * (depth + 1) + 5) + pointers),)
+
+
+def _program(name: str, peaks: list[Live], always: Live) -> ProgramFootprint:
+    return ProgramFootprint(name, (*max(peaks, key=_size), *always))
+
+
+def _size(live: Live) -> int:
+    return sum(buffer.bytes for buffer in live)

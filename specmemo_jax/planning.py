@@ -1,0 +1,244 @@
+"""From what a user names to a plan: model, device, drafters allowed, and where the figures come from."""
+
+import dataclasses
+import platform as host
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from specmemo_jax.draft import (
+    Drafter,
+    DraftModel,
+    NgramDrafter,
+    SelfDrafter,
+    default_shape,
+    is_model_name,
+    make_drafter,
+)
+from specmemo_jax.errors import ConfigError, ModelNotFoundError
+from specmemo_jax.llama.config import LlamaConfig
+from specmemo_jax.llama.packing import Target
+from specmemo_jax.memory.budget import parse_bytes
+from specmemo_jax.memory.calibration import Fingerprint, find_calibration, fingerprint
+from specmemo_jax.memory.devices import DeviceSpec, default_dtype_of, find_device
+from specmemo_jax.memory.plan import MemoryPlan
+from specmemo_jax.memory.planner import Option, Task, candidates, frontier, search
+from specmemo_jax.memory.profile import AcceptanceProfile, Outlook, find_profile, user_folder
+from specmemo_jax.memory.speed import SpeedModel, calibrated, roofline
+from specmemo_jax.memory.workload import Workload
+from specmemo_jax.outlook import outlook
+from specmemo_jax.parallel.sharding import check_shards
+from specmemo_jax.weights.hub import is_hub_id
+from specmemo_jax.weights.zoo import resolve, zoo_entry
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DTYPES = ("float32", "bfloat16", "float16")
+NGRAM_NODES = (2, 4, 8, 16, 32, 64)
+# Where no acceptance was measured: the chance that a draft's next guess is right, about what Leviathan et al.
+# (arXiv 2211.17192, table 2) measured with small drafts at temperature 0.
+ASSUMED_CHANCE = 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A model that is planned for: its config, and the name that measurements are kept under."""
+
+    name: str
+    config: LlamaConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Planning:
+    """Everything a plan is searched with."""
+
+    task: Task
+    options: tuple[Option, ...]
+    speed: SpeedModel
+    budget: int | None = None
+
+    def plan(self) -> MemoryPlan:
+        """The best plan under the budget (`specmemo_jax.memory.planner.search`)."""
+        return search(self.task, self.options, self.speed, self.budget)
+
+    def frontier(self) -> list[MemoryPlan]:
+        """The fastest plans for their memory, by rising peak."""
+        return frontier(candidates(self.task, self.options, self.speed))
+
+
+def planning_for(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    drafter: str | Path | None = "auto",
+    tree_nodes: int | None = None,
+    memory_budget: int | str | None = None,
+    batch: int = 1,
+    context: int | None = None,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
+    shards: int = 1,
+    policy: str = "plan",
+) -> Planning:
+    """What `specmemo plan` searches: a model by name and a device by slug, neither of which need be here.
+
+    Raises ConfigError, ModelNotFoundError and CapacityError for what cannot be.
+    """
+    budget = None if memory_budget is None else parse_bytes(memory_budget)
+    spec, named = find_device(device), named_config(model)
+    chosen = dtype_for(spec, dtype)
+    check_shards(named.config, shards)
+    workload = workload_for(named.config, batch, context, prompt_tokens, new_tokens)
+    task = Task(named.config, chosen, spec, workload, shards, policy)
+    draft = drafter_named(drafter, tree_nodes, named.config, task)
+    options = options_for(draft, named.name, task, tree_nodes)
+    return Planning(task, options, speed_for(spec, named.name, named.config, chosen, shards), budget)
+
+
+def named_config(model: str | Path) -> Named:
+    """The config of a zoo name, a folder with ``config.json`` or a checkpoint; weights are not needed."""
+    entry = zoo_entry(model) if isinstance(model, str) else None
+    if entry is not None:
+        return Named(entry.name, entry.config)
+    path = Path(model).expanduser()
+    if path.is_dir() and (path / "config.json").is_file():
+        return Named(str(model), LlamaConfig.from_json(path / "config.json"))
+    if path.is_file() and path.suffix == ".json":
+        return Named(str(model), LlamaConfig.from_json(path))
+    if not path.exists() and isinstance(model, str) and is_hub_id(model):
+        raise ModelNotFoundError(
+            f"{model} would have to be fetched to be planned for; `specmemo pull {model}` and then "
+            "the folder that it names, or a config.json, would work"
+        )
+    from specmemo_jax.weights import open_checkpoint
+
+    return Named(str(model), open_checkpoint(resolve(model, download=False).path).config)
+
+
+def workload_for(
+    config: LlamaConfig,
+    batch: int = 1,
+    context: int | None = None,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
+) -> Workload:
+    """A workload; what is left open: 512 prompt tokens and 128 new ones, or what the context leaves."""
+    room = min(context or config.max_context, config.max_context)
+    if new_tokens is None:
+        new_tokens = max(1, min(128, room // 4 if prompt_tokens is None else room - prompt_tokens))
+    if prompt_tokens is None:
+        prompt_tokens = max(1, min(512, room - new_tokens))
+    return Workload(batch, prompt_tokens, new_tokens, context)
+
+
+def dtype_for(spec: DeviceSpec, dtype: str) -> str:
+    """The dtype of weights and cache on a device. Raises ConfigError for one that it has no rate for."""
+    if dtype == "auto":
+        return default_dtype_of(spec)
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    if dtype not in spec.dtypes and spec.platform != "cpu":
+        raise ConfigError(f"{spec.name} has no {dtype}; {', '.join(spec.dtypes)} would work")
+    return dtype
+
+
+def drafter_named(
+    drafter: Drafter | str | Path | None, tree_nodes: int | None, config: LlamaConfig, task: Task
+) -> Drafter | str | None:
+    """What `options_for` takes: ``"auto"`` and ``"ngram"`` stay open, a model's name becomes its shapes."""
+    if drafter in ("auto", "ngram"):
+        return str(drafter)
+    if is_model_name(drafter):
+        draft = named_config(drafter).config
+        if draft.vocab_size != config.vocab_size:
+            raise ConfigError(
+                f"{drafter} cannot draft: its vocabulary has {draft.vocab_size} ids, the target's "
+                f"{config.vocab_size}; a draft with the target's own vocabulary, ngram or self:K would work"
+            )
+        return DraftModel(
+            config=draft,
+            load=_no_weights,
+            shape=default_shape(tree_nodes, task.platform),
+            dtype=task.dtype,
+            vocab_size=config.vocab_size,
+            name=f"draft model {drafter}",
+        )
+    assert not isinstance(drafter, Path)
+    made = make_drafter(drafter, tree_nodes, platform=task.platform, dtype=task.dtype)
+    if isinstance(made, SelfDrafter) and made.layers >= config.num_layers:
+        raise ConfigError(f"{made.name}: the target has {config.num_layers} layers; fewer would work")
+    return made
+
+
+def options_for(
+    drafter: Drafter | str | None, model: str, task: Task, tree_nodes: int | None = None
+) -> tuple[Option, ...]:
+    """Drafters to choose among: for ``"auto"`` n-gram trees and none, for a name or an object that one."""
+    if drafter is None:
+        return (Option(),)
+    if isinstance(drafter, str):
+        trees = _ngrams(task, tree_nodes)
+        plain = (Option(),) if drafter == "auto" else ()
+        return (*plain, *(Option(tree, outlook_of(tree, model)) for tree in trees))
+    return (Option(drafter, outlook_of(drafter, model)),)
+
+
+def _ngrams(task: Task, tree_nodes: int | None) -> list[NgramDrafter]:
+    usual = make_drafter("ngram", tree_nodes, platform=task.platform, dtype=task.dtype)
+    assert isinstance(usual, NgramDrafter)
+    if tree_nodes is not None:
+        return [usual]
+    if usual.ladder:  # which fills no more nodes than a match is worth, where nodes cost
+        return [usual, *(usual.limited(nodes) for nodes, _ in usual.ladder[:-1])]
+    return [NgramDrafter(nodes) for nodes in NGRAM_NODES]
+
+
+def outlook_of(drafter: Drafter, model: str) -> Outlook:
+    """What a step of ``drafter`` is expected to bring on ``model``: as measured for it, else as measured for
+    the default model, else assumed; its ``source`` says which.
+    """
+    profile = stored_profile(model, drafter.name)
+    if profile is not None:
+        return outlook(profile, drafter)
+    if isinstance(drafter, NgramDrafter):  # what repeats depends on the text more than on the model
+        borrowed = stored_profile(DEFAULT_MODEL, drafter.name)
+        if borrowed is not None:
+            found = outlook(borrowed, drafter)
+            return dataclasses.replace(found, source=f"borrowed: {found.source}")
+    chance = ASSUMED_CHANCE
+    length = sum(chance**depth for depth in range(drafter.max_depth + 1))
+    return Outlook(
+        length,
+        ((drafter.num_nodes, 1.0),),
+        f"assumed: {chance:.0%} of a draft's guesses accepted; `specmemo calibrate --prompts` measures it",
+    )
+
+
+def stored_profile(model: str, drafter: str) -> AcceptanceProfile | None:
+    """The profile of a drafter for a model by their names: the user's own, else the zoo's, else None."""
+    entry = zoo_entry(model)
+    zoo = [] if entry is None else [entry.folder / "profiles"]
+    return find_profile(drafter, user_folder(model), *zoo)
+
+
+def speed_for(spec: DeviceSpec, model: str, config: LlamaConfig, dtype: str, shards: int = 1) -> SpeedModel:
+    """What was measured for this device, model, dtype and versions; else the device's roofline."""
+    found = None if shards > 1 else find_calibration(fingerprint_on(spec, model, config, dtype))
+    return roofline(spec) if found is None else calibrated(found)
+
+
+def fingerprint_on(spec: DeviceSpec, model: str, config: LlamaConfig, dtype: str) -> Fingerprint:
+    """What measurements on a device are kept under; a processor by its model name."""
+    kind = _processor() if spec.platform == "cpu" else spec.name
+    return fingerprint(kind, model, config, jnp.dtype(dtype).name)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else host.processor() or host.machine()
+
+
+def _no_weights() -> Target:
+    raise ConfigError("a draft that is planned for has no weights; LLM(drafter=...) loads them")

@@ -1,0 +1,95 @@
+"""Which tree to verify next, from what the last ones cost and gave: never slower than plain decoding.
+
+Sequoia (arXiv 2402.12374, section 4.2) chooses a tree for a device ahead of time; here the choice
+moves while text is generated, because what a drafter is worth depends on the text.
+"""
+
+import dataclasses
+import statistics
+from collections import deque
+from collections.abc import Sequence
+
+FIRST_STEPS = 16  # of the largest tree before others are tried
+WINDOW = 32  # steps of a tree that its figures are taken over
+PROBE = 4  # steps a tree is tried for
+FIRST_PATIENCE, LAST_PATIENCE = 32, 1024  # steps until a losing tree is tried again
+PROBE_SHARE = 0.01  # of the time, the most that trying one losing tree may cost
+
+
+@dataclasses.dataclass
+class _Figures:
+    """Bursts of one tree: (steps, seconds a step, tokens a row in all)."""
+
+    bursts: deque[tuple[int, float, float]] = dataclasses.field(default_factory=deque)
+    idle: int = 0
+    patience: int = FIRST_PATIENCE
+
+    @property
+    def seconds(self) -> float:
+        """A step's, the median of the bursts."""
+        return statistics.median(burst[1] for burst in self.bursts)
+
+    @property
+    def tokens(self) -> float:
+        """A row's, a step's."""
+        return sum(burst[2] for burst in self.bursts) / sum(burst[0] for burst in self.bursts)
+
+    @property
+    def rate(self) -> float:
+        """Tokens a row a second."""
+        return self.tokens / self.seconds
+
+    def add(self, steps: int, seconds: float, tokens: float) -> None:
+        self.bursts.append((steps, seconds / steps, tokens))
+        while sum(burst[0] for burst in self.bursts) - self.bursts[0][0] >= WINDOW:
+            self.bursts.popleft()
+
+
+class TreeChooser:
+    """Moves between ``rungs``, sizes of tree that rise from 1 (plain decoding).
+
+    `choose` names the next burst's tree and how many steps it may run; `record` takes in what came
+    of it. The largest tree runs first, then each other is tried; from there on the one of most tokens
+    a second runs, and each other is tried again for a few steps at a time, so seldom that trying costs
+    `PROBE_SHARE` of the time.
+    """
+
+    def __init__(self, rungs: Sequence[int]):
+        self.rungs = tuple(rungs)
+        self._figures = {rung: _Figures() for rung in self.rungs}
+        self._steps = 0
+
+    def choose(self, steps: int) -> tuple[int, int]:
+        """The tree's nodes, and at most ``steps`` steps for it."""
+        if self._steps < FIRST_STEPS:
+            return self.rungs[-1], steps
+        for rung in self.rungs:
+            if not self._figures[rung].bursts:
+                return rung, min(steps, PROBE)
+        best = self.best
+        for rung, figures in self._figures.items():
+            if rung != best and figures.idle >= figures.patience:
+                return rung, min(steps, PROBE)
+        return best, steps
+
+    def ahead(self, steps: int) -> tuple[int, ...]:
+        """The trees that the next ``steps`` steps may ask for."""
+        return self.rungs if self._steps + steps > FIRST_STEPS else self.rungs[-1:]
+
+    @property
+    def best(self) -> int:
+        """The tree of most tokens a second so far."""
+        return max((r for r in self.rungs if self._figures[r].bursts), key=lambda r: self._figures[r].rate)
+
+    def record(self, nodes: int, steps: int, seconds: float, tokens: float) -> None:
+        """``steps`` steps of a tree took ``seconds`` and gave a row ``tokens`` in all, on average."""
+        self._steps += steps
+        used = self._figures[nodes]
+        used.add(steps, seconds, tokens)
+        used.idle = 0
+        for rung, figures in self._figures.items():
+            figures.idle += 0 if rung == nodes else steps
+        best = self._figures[self.best]
+        lost = max(0.0, used.seconds - used.tokens / best.rate)  # a step's, against the best tree
+        wait = PROBE * lost / (PROBE_SHARE * best.seconds)
+        used.patience = int(min(max(wait, FIRST_PATIENCE), LAST_PATIENCE))

@@ -1,0 +1,133 @@
+"""The engine's programs, lowered from shapes alone: for the device at hand, a mesh, or a described GPU."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from specmemo_jax.compilation import compiler_options
+from specmemo_jax.draft.protocol import Drafter
+from specmemo_jax.llama import kv
+from specmemo_jax.llama.packing import Target, packed_axes
+from specmemo_jax.memory.plan import MemoryPlan
+from specmemo_jax.parallel.sharding import placed, sharding
+from specmemo_jax.speculate.rows import Settings, init_rows
+from specmemo_jax.speculate.sampling import greedy_sampling
+from specmemo_jax.speculate.step import (
+    EngineState,
+    Layout,
+    catch_up,
+    prefill_chunk,
+    restore,
+    speculative_step,
+)
+
+STATE = 2  # the donated argument of every program: f(leaves, draft_weights, state, ...)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Programs:
+    """What to lower: a ``target`` (shapes will do: `abstract_target`), a ``drafter``, a ``plan``.
+
+    ``mesh``: devices to lower for, the target split over them and the drafter whole on each; None
+    is the default device. Every program takes ``(leaves, draft_weights, state, ...)`` and donates
+    the state.
+    """
+
+    target: Target
+    drafter: Drafter | None
+    plan: MemoryPlan
+    mesh: Mesh | None = None
+
+    def empty_state(self, capacity: int) -> EngineState:
+        """A new device state at ``capacity`` slots a row: no row in it, the cache zeroed."""
+        plan, config = self.plan, self.target.config
+        shape = (plan.batch, config.num_kv_heads, capacity, config.head_dim)
+        return EngineState(
+            cache=kv.init_cache(config.num_layers, shape, self.target.dtype),
+            rows=init_rows(plan),
+            draft=() if self.drafter is None else self.drafter.init(plan.batch, capacity),
+        )
+
+    def abstract_state(self, capacity: int) -> EngineState:
+        """Shapes and dtypes of the device state at ``capacity`` slots, without allocating."""
+        return jax.eval_shape(lambda: self.empty_state(capacity))
+
+    def step(
+        self, capacity: int, sampled: bool = False, nodes: int | None = None, record: bool = False
+    ) -> jax.stages.Lowered:
+        """The speculative step: ``-> state, Emitted``. ``nodes``: the tree's size, 1 for plain decoding
+        while the drafter sleeps; ``record`` adds the proposed tree to what is emitted.
+        """
+        drafter = self._limited(nodes)
+        return self._lower(speculative_step, capacity, self.target, drafter, self._layout, sampled, record)
+
+    def prefill(self, capacity: int, width: int, sampled: bool = False) -> jax.stages.Lowered:
+        """Prefill of ``width`` tokens: ``f(..., tokens, start, count, row, settings) -> state, first``."""
+        inputs = (*_chunk(width), self._settings())
+        static = self.target, self.drafter, self._layout, sampled
+        return self._lower(prefill_chunk, capacity, *static, inputs=inputs)
+
+    def catch_up(self, capacity: int, width: int) -> jax.stages.Lowered:
+        """Telling a drafter that slept: ``f(..., tokens, start, count, row) -> state, None``."""
+        return self._lower(catch_up, capacity, self.target, self.drafter, inputs=_chunk(width))
+
+    def restore(self, capacity: int) -> jax.stages.Lowered:
+        """Setting a row: ``f(..., row, length, pending, settings, seen, recent) -> state, None``."""
+        history = self.abstract_state(1).rows.history
+        of_a_row = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (history.seen, history.recent))
+        inputs = (_scalar(), _scalar(), _scalar(), self._settings(), *of_a_row)
+        return self._lower(restore, capacity, inputs=inputs)
+
+    @property
+    def _layout(self) -> Layout:
+        plan = self.plan
+        unbounded = plan.policy != "plan"
+        return Layout(plan.score_nodes, plan.logit_nodes, plan.policy == "unbounded", unbounded)
+
+    def _limited(self, nodes: int | None) -> Drafter | None:
+        if nodes == 1 or self.drafter is None:
+            return None
+        return self.drafter if nodes is None else self.drafter.limited(nodes)
+
+    def _settings(self) -> Settings:
+        sampling = jax.eval_shape(lambda: greedy_sampling(1, self.plan.max_bad_words))
+        stop_ids = jax.ShapeDtypeStruct((self.plan.max_stop_ids,), jnp.int32)
+        of_a_row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), sampling)
+        return Settings(_scalar(), stop_ids, of_a_row)
+
+    def _lower(
+        self, function: Callable, capacity: int, *static: Any, inputs: tuple[Any, ...] = ()
+    ) -> jax.stages.Lowered:
+        weights: Any = () if self.drafter is None else self.drafter.weight_shapes(self.target)
+        leaves = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.target.leaves)
+        state = self.abstract_state(capacity)
+        outputs = None
+        if self.mesh is not None:
+            mesh, whole = self.mesh, sharding(self.mesh)
+            axes = packed_axes(self.target.config, mesh.size)
+            leaves = placed(leaves, tuple(sharding(mesh, names) for names in axes))
+            states = dataclasses.replace(
+                jax.tree.map(lambda _: whole, state),
+                cache=jax.tree.map(lambda _: sharding(mesh, kv.KV_AXES), state.cache),
+            )
+            state, weights, inputs = placed(state, states), placed(weights, whole), placed(inputs, whole)
+            outputs = (states, whole)
+        jitted = jax.jit(functools.partial(function, *static), donate_argnums=(STATE,), out_shardings=outputs)
+        return jitted.lower(leaves, weights, state, *inputs)
+
+    def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        """With the platform's compiler options."""
+        return lowered.compile(compiler_options(self.target.platform))
+
+
+def _scalar() -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((), jnp.int32)
+
+
+def _chunk(width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return jax.ShapeDtypeStruct((1, width), jnp.int32), _scalar(), _scalar(), _scalar()

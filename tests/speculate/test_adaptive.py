@@ -1,0 +1,53 @@
+"""Which tree runs, from costs and gains that are made up here."""
+
+import pytest
+
+from specmemo_jax.speculate.adaptive import PROBE, TreeChooser
+
+
+def run(chooser, seconds, tokens, steps=4000, burst=8):
+    """Time and tokens of a run in which a step of each tree costs and gives what the mappings say."""
+    time = got = done = 0
+    used = dict.fromkeys(chooser.rungs, 0)
+    while done < steps:
+        nodes, count = chooser.choose(burst)
+        gain = tokens[nodes](done) if callable(tokens[nodes]) else tokens[nodes]
+        chooser.record(nodes, count, count * seconds[nodes], count * gain)
+        time, got, done = time + count * seconds[nodes], got + count * gain, done + count
+        used[nodes] += count
+    return time, got, used
+
+
+@pytest.mark.parametrize(
+    ("seconds", "tokens"),
+    [
+        ({1: 1.0, 4: 1.5, 16: 3.0}, {1: 1.0, 4: 1.05, 16: 1.1}),  # it never pays
+        ({1: 1.0, 4: 1.02, 16: 1.3}, {1: 1.0, 4: 1.0, 16: 1.0}),  # nothing is ever accepted
+        ({1: 1.0, 4: 1.1, 16: 1.4}, {1: 1.0, 4: 1.8, 16: 3.5}),  # it pays
+        ({1: 1.0, 4: 1.1, 16: 2.0}, {1: 1.0, 4: 1.9, 16: 2.1}),  # the middle is best
+    ],
+)
+def test_as_fast_as_the_best_tree(seconds, tokens):
+    time, got, used = run(TreeChooser((1, 4, 16)), seconds, tokens)
+    best = max(tokens[n] / seconds[n] for n in (1, 4, 16))
+    assert got / time >= 0.96 * best
+    assert all(used.values())  # each was tried
+
+
+def test_it_comes_back_when_the_text_changes():
+    tokens = {1: 1.0, 8: lambda done: 1.0 if done < 2000 else 4.0}
+    time, got, used = run(TreeChooser((1, 8)), {1: 1.0, 8: 1.5}, tokens, steps=6000)
+    assert used[8] > 2000
+    assert got / time > 1.0
+
+
+def test_a_losing_tree_is_tried_seldom():
+    _, _, used = run(TreeChooser((1, 64)), {1: 1.0, 64: 10.0}, {1: 1.0, 64: 1.0}, steps=10_000)
+    assert used[64] <= 16 + PROBE * 12
+
+
+def test_one_tree_needs_no_choice_and_short_answers_no_second_program():
+    chooser = TreeChooser((1, 8))
+    assert chooser.ahead(8) == (8,)
+    assert chooser.ahead(100) == (1, 8)
+    assert chooser.choose(8) == (8, 8)
