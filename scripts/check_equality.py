@@ -85,8 +85,8 @@ def answers(
     """Every prompt's token ids, and the mean accepted length."""
     longest = max(len(p) + (s.max_tokens or 0) for p, s in zip(prompts, params, strict=True))
     arguments = {"drafter": drafter, "dtype": options.dtype, "max_batch": batch, "max_context": longest}
-    # Not adaptive: a tree that loses would be left for plain decoding, and not be checked.
-    with LLM(options.model, **arguments, adaptive=False) as llm, tqdm(total=len(prompts), disable=None, leave=False) as bar:
+    arguments["adaptive"] = False  # or a tree that loses would be left for plain decoding, and not be checked
+    with LLM(options.model, **arguments) as llm, tqdm(total=len(prompts), disable=None, leave=False) as bar:
         outputs = llm.generate(prompts, params, progress=partial(advance, bar))
     steps = sum(output.metrics.steps for output in outputs)
     tokens = sum(sum(output.metrics.accepted_lengths) for output in outputs)

@@ -7,8 +7,8 @@
 Every plan's programs are compiled from shapes alone: at its full depth for ``--full`` of them, with 2 layers
 for the others. There the difference of theory and compiler at 2 layers is carried to the full depth, whose
 theory is known. Bars: the theory's generation memory is never below the compiler's, over by a median of at
-most 3%, and at worst by 10% or 16 MiB, whichever is larger. ``--csv`` is appended to as plans are done, and
-plans that it holds already are not compiled again.
+most 3%, and at worst by 10% or 16 MiB, whichever is larger. ``--csv`` is appended to as plans are done; it
+keeps the compiler's figures, and plans that it holds already are priced and not compiled again.
 """
 
 import argparse
@@ -159,6 +159,16 @@ def draw(seed: int, plans: int, full: int, platform: str) -> Iterator[Case]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Compiled:
+    """The compiler's bytes at the depth compiled: its hungriest program and what persists."""
+
+    index: int
+    generation: int
+    hungriest: str
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
     """Generation memory in bytes: theory and compiler, at the target's depth."""
 
@@ -166,14 +176,22 @@ class Result:
     theory: int
     compiled: int
     largest: str
-    seconds: float
 
 
-def check(case: Case, platform: str, every_program: bool) -> Result:
-    """Price and compile one case."""
-    began = time.monotonic()
+def compare(case: Case, platform: str, found: Compiled) -> Result:
+    """The theory's figure beside the compiler's, which is carried from 2 layers to the full depth."""
     whole = case.plan(platform, None)
     shown = whole if case.full else case.plan(platform, ABRIDGED)
+    theory = _generation(whole)
+    over = _generation(shown) - found.generation
+    largest = max(_compiled(shown), key=lambda program: program.bytes).name
+    return Result(case.index, theory, theory - over, largest)
+
+
+def check(case: Case, platform: str, every_program: bool) -> Compiled:
+    """Compile one case's programs."""
+    began = time.monotonic()
+    shown = case.plan(platform, None if case.full else ABRIDGED)
     spec = find_device("cpu" if platform == "cpu" else platform.removeprefix("cuda:"))
     place = place_for(spec, case.dtype, case.shards)
     target = abstract_target(shown.config, jnp.dtype(place.dtype), place.platform, case.shards)
@@ -181,15 +199,13 @@ def check(case: Case, platform: str, every_program: bool) -> Result:
     assert shown.drafter is None or isinstance(shown.drafter, Drafter)
     programs = Programs(target, shown.drafter, shown, mesh)
     persistent = persistent_bytes(programs)
-    most = 0
+    most, hungriest = 0, ""
     for name, lower in lowerings(programs):
         # Sampled programs hold all that greedy ones do, and the largest tree all that smaller ones do.
         if every_program or name in (f"step {case.nodes}, sampled", f"prefill {case.chunk}, sampled"):
-            most = max(most, compiled_memory(programs.compile(lower())).extra)
-    theory, priced = _generation(whole), _generation(shown)
-    over = priced - (persistent + most)
-    largest = max(_compiled(shown), key=lambda program: program.bytes).name
-    return Result(case.index, theory, theory - over, largest, time.monotonic() - began)
+            extra = compiled_memory(programs.compile(lower())).extra
+            most, hungriest = max((most, hungriest), (extra, name))
+    return Compiled(case.index, persistent + most, hungriest, time.monotonic() - began)
 
 
 def persistent_bytes(programs: Programs) -> int:
@@ -218,22 +234,23 @@ def main() -> int:
     cases = {case.index: case for case in draw(args.seed, args.plans, args.full, args.platform)}
     print(_HEAD)
     done = dict(_read(args.csv, cases))
-    for index in sorted(done):
-        print(_line(cases[index], done[index]))
+    results = {index: compare(cases[index], args.platform, done[index]) for index in sorted(done)}
+    for index, result in results.items():
+        print(_line(cases[index], result))
     waiting = [case for index, case in cases.items() if index not in done]
     deadline = time.monotonic() + args.limit_seconds
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), _begin, (args.platform,)) as pool:
         futures = [pool.submit(check, case, args.platform, args.every_program) for case in waiting]
         for case, future in zip(waiting, futures, strict=True):
             try:
-                result = future.result(max(0.0, deadline - time.monotonic()))
+                found = future.result(max(0.0, deadline - time.monotonic()))
             except TooLong:
                 pool.shutdown(wait=False, cancel_futures=True)
                 break
-            done[case.index] = result
-            print(_line(case, result), flush=True)
-            _write(args.csv, case, result)
-    return _summary([done[i] for i in sorted(done)], len(cases))
+            results[case.index] = compare(case, args.platform, found)
+            print(_line(case, results[case.index]), flush=True)
+            _write(args.csv, case, found)
+    return _summary([results[i] for i in sorted(results)], len(cases))
 
 
 def _begin(platform: str) -> None:
@@ -281,31 +298,27 @@ def _line(case: Case, result: Result) -> str:
     )
 
 
-def _read(path: Path | None, cases: dict[int, Case]) -> Iterator[tuple[int, Result]]:
-    """Results of these very cases that an earlier run wrote."""
+def _read(path: Path | None, cases: dict[int, Case]) -> Iterator[tuple[int, Compiled]]:
+    """What an earlier run had compiled of these very cases."""
     if path is None or not path.exists():
         return
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             index = int(row["index"])
             if index in cases and row["case"] == str(cases[index]):
-                yield (
-                    index,
-                    Result(
-                        index, int(row["theory"]), int(row["compiled"]), row["largest"], float(row["seconds"])
-                    ),
-                )
+                found = Compiled(index, int(row["generation"]), row["hungriest"], float(row["seconds"]))
+                yield index, found
 
 
-def _write(path: Path | None, case: Case, result: Result) -> None:
+def _write(path: Path | None, case: Case, found: Compiled) -> None:
     if path is None:
         return
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if new:
-            writer.writerow(("index", "theory", "compiled", "largest", "seconds", "case"))
-        writer.writerow((*dataclasses.astuple(result), str(case)))
+            writer.writerow(("index", "generation", "hungriest", "seconds", "case"))
+        writer.writerow((*dataclasses.astuple(found), str(case)))
 
 
 def _options() -> argparse.Namespace:
