@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from specmemo_jax import LLM, SamplingParams
 from specmemo_jax.draft import NgramDrafter
+from specmemo_jax.llama.kv import capacity_of
 from specmemo_jax.prompts import read_prompts
 from specmemo_jax.speculate.engine import Engine
 from specmemo_jax.speculate.row_log import Request
@@ -141,7 +142,7 @@ def _stepper(engine: Engine, prompt: list[int], fields: dict[str, Any]) -> Any:
     changed = {name: jnp.full_like(getattr(settings.sampling, name), value) for name, value in fields.items()}
     settings = dataclasses.replace(settings, sampling=dataclasses.replace(settings.sampling, **changed))
     state = dataclasses.replace(state, rows=dataclasses.replace(state.rows, settings=settings))
-    step = engine.step_program(state.cache[0][0].shape[2], bool(fields))
+    step = engine.step_program(capacity_of(state.cache), bool(fields))
     held = [state]
 
     def run() -> float:

@@ -16,9 +16,10 @@ from specmemo_jax.draft import Drafter, NgramDrafter, default_shape, is_model_na
 from specmemo_jax.errors import ConfigError, RequestError
 from specmemo_jax.llama.packing import Target, pack
 from specmemo_jax.loading import Opened, open_draft_model, open_model
+from specmemo_jax.memory.cache_effect import KV_DTYPE, NAME, CacheEffect
 from specmemo_jax.memory.calibration import Calibration, Fingerprint
 from specmemo_jax.memory.devices import default_dtype, live_device
-from specmemo_jax.memory.plan import make_plan
+from specmemo_jax.memory.plan import SLOTS, lay_out, make_plan
 from specmemo_jax.memory.profile import AcceptanceProfile, profile_file, user_folder
 from specmemo_jax.planning import fingerprint_on
 from specmemo_jax.prompts import PromptRecord, read_prompts
@@ -104,6 +105,89 @@ def profile(
         if not ngram:
             return profile_of_steps(drafter, proposals, labels)
     return measure_ngram(NgramDrafter(NGRAM_NODES, NGRAM_BRANCHES), answers, labels)
+
+
+def effect_path(subject: Subject) -> Path:
+    """Where a user's own measurement of an int8 cache is kept."""
+    return profile_file(user_folder(subject.opened.name), NAME)
+
+
+def measure_cache(
+    subject: Subject,
+    prompts: str | Path,
+    *,
+    max_tokens: int = 128,
+    limit: int | None = None,
+    progress: Callable[[], object] = lambda: None,
+) -> CacheEffect:
+    """What an int8 cache changes of ``subject``'s greedy answers to a JSONL file of prompts (see `profile`).
+
+    Every next token of every answer is asked for with both caches, after the same text; then each cache
+    writes the answer on its own.
+    """
+    known = read_answers(prompts)
+    if known is None:
+        answers = [answer for answer, _ in _run(subject, _drafter(subject), prompts, None, max_tokens, limit)]
+    else:
+        answers = known[:limit]
+    config, target = subject.opened.config, subject.target
+    longest = min(config.max_context, -(-max(len(answer.ids) for answer in answers) // SLOTS) * SLOTS)
+    tokens = same = same_answers = 0
+    with contextlib.ExitStack() as stack:
+        exact, lossy = (
+            stack.enter_context(
+                contextlib.closing(
+                    Engine(
+                        target,
+                        None,
+                        lay_out(
+                            config,
+                            dtype=target.dtype,
+                            platform=target.platform,
+                            batch=1,
+                            context=longest,
+                            kv_dtype=kv_dtype,
+                        ),
+                    )
+                )
+            )
+            for kv_dtype in (None, KV_DTYPE)
+        )
+        for answer in answers:
+            pairs = list(zip(_next_tokens(exact, answer), _next_tokens(lossy, answer), strict=True))
+            tokens, same = tokens + len(pairs), same + sum(a == b for a, b in pairs)
+            same_answers += _greedy(exact, answer) == _greedy(lossy, answer)
+            progress()
+    return CacheEffect(
+        model=subject.opened.name,
+        dtype=target.dtype.name,
+        prompts=Path(prompts).name,
+        date=datetime.date.today().isoformat(),
+        tokens=tokens,
+        same=same,
+        answers=len(answers),
+        same_answers=same_answers,
+    )
+
+
+def _next_tokens(engine: Engine, answer: Answer) -> list[int]:
+    """The likeliest token at each place of an answer, after the answer's own text."""
+    found = []
+    for end in range(len(answer.prompt), len(answer.ids)):
+        found.append(engine.admit(0, Request(answer.ids[:end], 1, reuse=True)))
+        engine.release(0)
+    return found
+
+
+def _greedy(engine: Engine, answer: Answer) -> list[int]:
+    """As many tokens as the answer has, each after the one before."""
+    engine.admit(0, Request(answer.prompt, len(answer.new)))
+    while True:
+        log = engine.rows[0]
+        assert log is not None
+        if log.finished:
+            return engine.release(0).new_ids
+        engine.burst()
 
 
 def check_prompts(prompts: str | Path) -> None:

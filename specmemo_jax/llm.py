@@ -21,7 +21,15 @@ from specmemo_jax.memory.devices import live_device
 from specmemo_jax.memory.plan import MemoryPlan
 from specmemo_jax.memory.planner import Task, search
 from specmemo_jax.outputs import RequestOutput
-from specmemo_jax.planning import drafter_named, dtype_for, options_for, speed_for, workload_for
+from specmemo_jax.planning import (
+    cache_source,
+    drafter_named,
+    dtype_for,
+    kv_dtype_for,
+    options_for,
+    speed_for,
+    workload_for,
+)
 from specmemo_jax.sampling_params import SamplingParams
 from specmemo_jax.serve import Job, TextStream, device_sampling, pad_bad_words, serve
 from specmemo_jax.speculate.engine import Engine
@@ -51,6 +59,8 @@ class LLM:
             stay under; None: what the device says it has.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32 on CPU,
             bfloat16 on a GPU that has it, else float16.
+        kv_cache_dtype: of the target's keys and values: ``"auto"`` (as the weights) or ``"int8"``, which is
+            lossy (docs/memory-model.md has its measured effect); drafting stays exact over such a cache.
         max_context: most tokens of prompt and answer together; None: the model's own
             maximum, or what the budget allows.
         max_batch: B, rows decoded together.
@@ -77,6 +87,7 @@ class LLM:
         tree_nodes: int | None = None,
         memory_budget: int | str | None = None,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        kv_cache_dtype: Literal["auto", "int8"] = "auto",
         max_context: int | None = None,
         max_batch: int = 1,
         prompt_tokens: int | None = None,
@@ -93,7 +104,9 @@ class LLM:
         spec = live_device()
         chosen = dtype_for(spec, dtype)
         workload = workload_for(self.config, max_batch, max_context, prompt_tokens, new_tokens)
-        task = Task(self.config, chosen, spec, workload, policy=policy)
+        kv_dtype = kv_dtype_for(kv_cache_dtype)
+        cache = cache_source(self.name, kv_dtype)
+        task = Task(self.config, chosen, spec, workload, 1, policy, kv_dtype, cache)
         self._own_draft = is_model_name(drafter)
         if is_model_name(drafter):
             shape = default_shape(tree_nodes, task.platform)
@@ -103,7 +116,7 @@ class LLM:
         self.plan: MemoryPlan = search(
             task,
             options_for(allowed, self.name, task, tree_nodes),
-            speed_for(spec, self.name, self.config, chosen),
+            speed_for(task, self.name),
             None if memory_budget is None else parse_bytes(memory_budget),
         )
         self.drafter = self.plan.drafter

@@ -105,6 +105,8 @@ def _facts(plan: MemoryPlan) -> str:
             ("accepted length", f"{expected.accepted_length:.2f} tokens a step"),
             ("", expected.acceptance_source),
         ]
+        if expected.cache_source:
+            facts.append(("cache", expected.cache_source))
     margin = 2 + max(len(name) for name, _ in BOUNDS) + 2
     lines = []
     for name, text in facts:
@@ -202,6 +204,7 @@ def as_json(plan: MemoryPlan, model: str) -> dict[str, Any]:
             "device": device.source,
             "speed": expected.speed_source,
             "acceptance": expected.acceptance_source,
+            "cache": expected.cache_source,
         },
     }
     if plan.proof is not None:

@@ -18,12 +18,14 @@ from specmemo_jax.draft import (
 from specmemo_jax.errors import ConfigError, ModelNotFoundError
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.packing import Target
+from specmemo_jax.memory import cache_effect
+from specmemo_jax.memory.activations import backends
 from specmemo_jax.memory.budget import parse_bytes
 from specmemo_jax.memory.calibration import Fingerprint, find_calibration, fingerprint
 from specmemo_jax.memory.devices import DeviceSpec, default_dtype_of, find_device
 from specmemo_jax.memory.plan import MemoryPlan
 from specmemo_jax.memory.planner import Option, Task, candidates, frontier, search
-from specmemo_jax.memory.profile import AcceptanceProfile, Outlook, find_profile, user_folder
+from specmemo_jax.memory.profile import AcceptanceProfile, Outlook, find_profile, profile_file, user_folder
 from specmemo_jax.memory.speed import SpeedModel, calibrated, roofline
 from specmemo_jax.memory.workload import Workload
 from specmemo_jax.outlook import outlook
@@ -33,6 +35,7 @@ from specmemo_jax.weights.zoo import resolve, zoo_entry
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DTYPES = ("float32", "bfloat16", "float16")
+KV_DTYPES = ("auto", "int8")
 NGRAM_NODES = (2, 4, 8, 16, 32, 64)
 # Where no acceptance was measured: the chance that a draft's next guess is right, about what Leviathan et al.
 # (arXiv 2211.17192, table 2) measured with small drafts at temperature 0.
@@ -79,6 +82,7 @@ def planning_for(
     new_tokens: int | None = None,
     shards: int = 1,
     policy: str = "plan",
+    kv_cache_dtype: str = "auto",
 ) -> Planning:
     """What `specmemo plan` searches: a model by name and a device by slug, neither of which need be here.
 
@@ -89,10 +93,12 @@ def planning_for(
     chosen = dtype_for(spec, dtype)
     check_shards(named.config, shards)
     workload = workload_for(named.config, batch, context, prompt_tokens, new_tokens)
-    task = Task(named.config, chosen, spec, workload, shards, policy)
+    kv_dtype = kv_dtype_for(kv_cache_dtype)
+    cache = cache_source(named.name, kv_dtype)
+    task = Task(named.config, chosen, spec, workload, shards, policy, kv_dtype, cache)
     draft = drafter_named(drafter, tree_nodes, named.config, task)
     options = options_for(draft, named.name, task, tree_nodes)
-    return Planning(task, options, speed_for(spec, named.name, named.config, chosen, shards), budget)
+    return Planning(task, options, speed_for(task, named.name), budget)
 
 
 def named_config(model: str | Path) -> Named:
@@ -140,6 +146,25 @@ def dtype_for(spec: DeviceSpec, dtype: str) -> str:
     if dtype not in spec.dtypes and spec.platform != "cpu":
         raise ConfigError(f"{spec.name} has no {dtype}; {', '.join(spec.dtypes)} would work")
     return dtype
+
+
+def kv_dtype_for(kv_cache_dtype: str) -> str | None:
+    """The cache's dtype, None for the weights' own. Raises ConfigError for one that is not known."""
+    if kv_cache_dtype not in KV_DTYPES:
+        raise ConfigError(f"kv_cache_dtype {kv_cache_dtype!r} is not one of {', '.join(KV_DTYPES)}")
+    return None if kv_cache_dtype == "auto" else kv_cache_dtype
+
+
+def cache_source(model: str, kv_dtype: str | None) -> str:
+    """What is known of a lossy cache's effect on a model's tokens; empty for one that is not lossy."""
+    if kv_dtype is None:
+        return ""
+    for name in dict.fromkeys((model, DEFAULT_MODEL)):
+        files = [profile_file(folder, cache_effect.NAME) for folder in profile_folders(name)]
+        for file in filter(Path.is_file, files):
+            found = cache_effect.CacheEffect.load(file).source
+            return f"{kv_dtype}, lossy: {found if name == model else f'borrowed: {found}'}"
+    return f"{kv_dtype}, lossy; `specmemo calibrate --kv-cache-dtype {kv_dtype} --prompts` measures it"
 
 
 def drafter_named(
@@ -216,14 +241,29 @@ def outlook_of(drafter: Drafter, model: str) -> Outlook:
 
 def stored_profile(model: str, drafter: str) -> AcceptanceProfile | None:
     """The profile of a drafter for a model by their names: the user's own, else the zoo's, else None."""
+    return find_profile(drafter, *profile_folders(model))
+
+
+def profile_folders(model: str) -> tuple[Path, ...]:
+    """Where what was measured for a model lies: the user's own folder, then the zoo's."""
     entry = zoo_entry(model)
-    zoo = [] if entry is None else [entry.folder / "profiles"]
-    return find_profile(drafter, user_folder(model), *zoo)
+    return (user_folder(model), *(() if entry is None else (entry.folder / "profiles",)))
 
 
-def speed_for(spec: DeviceSpec, model: str, config: LlamaConfig, dtype: str, shards: int = 1) -> SpeedModel:
-    """What was measured for this device, model, dtype and versions; else the device's roofline."""
-    found = None if shards > 1 else find_calibration(fingerprint_on(spec, model, config, dtype))
+def speed_for(task: Task, model: str) -> SpeedModel:
+    """What was measured for this device, model, dtype and versions; else the device's roofline.
+
+    With an int8 cache nothing is measured, and the roofline counts its bytes; where the compiler converts a
+    layer's cache before the product (all but CUDA from Ampere on), the converted copy counts, too.
+    """
+    spec, config = task.device, task.config
+    if task.kv_dtype == "int8":
+        fused = backends(task.platform, spec.compute_capability) == ("triton",)
+        converted = 0 if fused else 2 * jnp.dtype(task.dtype).itemsize
+        return roofline(spec, 1 + 4 / config.head_dim + converted)
+    found = None
+    if task.shards == 1:
+        found = find_calibration(fingerprint_on(spec, model, config, task.dtype))
     return roofline(spec) if found is None else calibrated(found)
 
 

@@ -12,6 +12,7 @@ EPILOG = """Examples:
 \b
 specmemo calibrate
 specmemo calibrate --drafter self:10 --prompts question.jsonl
+specmemo calibrate --kv-cache-dtype int8 --prompts question.jsonl
 """
 
 PromptsFile = Annotated[
@@ -22,6 +23,15 @@ PromptsFile = Annotated[
         metavar="FILE",
         help="JSONL prompts to measure on how often the drafter's tokens are accepted.",
         rich_help_panel=options.PROMPTS,
+    ),
+]
+CacheFormat = Annotated[
+    options.CacheDtype,
+    typer.Option(
+        "--kv-cache-dtype",
+        metavar="TYPE",
+        help="int8: measure on --prompts what an int8 cache changes, and nothing else.",
+        rich_help_panel=options.MODEL,
     ),
 ]
 Timing = Annotated[
@@ -38,7 +48,7 @@ Output = Annotated[
         "--output",
         "-o",
         metavar="FILE",
-        help="Where the acceptance profile goes; default: the user's cache.",
+        help="Where what --prompts measured goes; default: the user's cache.",
         rich_help_panel=options.OUTPUT,
     ),
 ]
@@ -47,6 +57,7 @@ Output = Annotated[
 def calibrate(
     model: options.Model = options.DEFAULT_MODEL,
     dtype: options.NumberFormat = options.Dtype.auto,
+    kv_cache_dtype: CacheFormat = options.CacheDtype.auto,
     drafter: options.Drafter = "auto",
     tree_nodes: options.TreeNodes = None,
     prompts_file: PromptsFile = None,
@@ -59,8 +70,12 @@ def calibrate(
 
     Step times over tree, context and batch, prompt chunks, drafting, and memory bandwidth are kept in the
     cache for this device, model, dtype and versions. With --prompts, so is the chance that a drafted token
-    is accepted, by its depth and rank. Let nothing else run meanwhile.
+    is accepted, by its depth and rank; with --kv-cache-dtype int8 it is how many tokens such a cache leaves
+    as they are. Let nothing else run meanwhile.
     """
+    of_cache = kv_cache_dtype is options.CacheDtype.int8
+    if of_cache and prompts_file is None:
+        raise typer.BadParameter("--kv-cache-dtype int8 is measured on prompts; --prompts FILE works")
     if prompts_file is None and (output is not None or not timing):
         raise typer.BadParameter("--output and --no-timing are about --prompts FILE, which was not given")
     if prompts_file is not None and drafter == "none":
@@ -81,7 +96,7 @@ def calibrate(
     if prompts_file is not None:
         work.check_prompts(prompts_file)  # before minutes of measuring
     subject = work.open_subject(model, dtype.value, drafter, tree_nodes)
-    if timing:
+    if timing and not of_cache:
         calibration = work.calibrate(subject, progress=say)
         path = calibration.save()
         print(f"{'batch':>6}{'nodes':>7}{'slots':>7}{'ms a step':>11}")
@@ -95,6 +110,14 @@ def calibrate(
         print(f"kept in {path}")
     if prompts_file is not None:
         with tqdm(unit="answer", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+            if of_cache:
+                effect = work.measure_cache(
+                    subject, prompts_file, max_tokens=max_tokens, limit=limit, progress=bar.update
+                )
+                path = work.effect_path(subject) if output is None else Path(output)
+                effect.save(path)
+                print(f"int8 cache: {effect.source}\nkept in {path}")
+                return
             found = work.profile(
                 subject, prompts_file, max_tokens=max_tokens, limit=limit, progress=bar.update
             )

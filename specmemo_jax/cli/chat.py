@@ -23,6 +23,8 @@ def chat(
     max_context: options.MaxContext = None,
     memory_budget: options.MemoryBudget = None,
     dtype: options.NumberFormat = options.Dtype.auto,
+    kv_cache_dtype: options.CacheFormat = options.CacheDtype.auto,
+    adaptive: options.Adaptive = True,
     temperature: options.Temperature = None,
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
@@ -62,6 +64,8 @@ def chat(
         tree_nodes=tree_nodes,
         memory_budget=memory_budget,
         dtype=dtype.value,
+        kv_cache_dtype=kv_cache_dtype.value,
+        adaptive=adaptive,
         max_context=max_context,
     ) as llm:
         session = ChatSession(llm, system=system, overflow=overflow.value, sampling_params=params)

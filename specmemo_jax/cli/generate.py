@@ -46,6 +46,8 @@ def generate(
     max_context: options.MaxContext = None,
     memory_budget: options.MemoryBudget = None,
     dtype: options.NumberFormat = options.Dtype.auto,
+    kv_cache_dtype: options.CacheFormat = options.CacheDtype.auto,
+    adaptive: options.Adaptive = True,
     output: options.Output = None,
     style: options.Style = options.Format.auto,
     stream: options.Stream = None,
@@ -99,6 +101,8 @@ def generate(
             tree_nodes=tree_nodes,
             memory_budget=memory_budget,
             dtype=dtype.value,
+            kv_cache_dtype=kv_cache_dtype.value,
+            adaptive=adaptive,
             max_context=max_context,
             max_batch=max_batch,
         ) as llm:

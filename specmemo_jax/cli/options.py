@@ -20,6 +20,13 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class CacheDtype(StrEnum):
+    """What the target's keys and values are held in."""
+
+    auto = "auto"
+    int8 = "int8"
+
+
 class Format(StrEnum):
     """How answers are written."""
 
@@ -111,6 +118,23 @@ MemoryBudget = Annotated[
 NumberFormat = Annotated[
     Dtype,
     typer.Option("--dtype", metavar="TYPE", help="auto, float32, bfloat16, float16.", rich_help_panel=MODEL),
+]
+CacheFormat = Annotated[
+    CacheDtype,
+    typer.Option(
+        "--kv-cache-dtype",
+        metavar="TYPE",
+        help="auto: the cache is as the weights; int8: a half to a quarter of it, lossy: some tokens change.",
+        rich_help_panel=MODEL,
+    ),
+]
+Adaptive = Annotated[
+    bool,
+    typer.Option(
+        "--adaptive/--no-adaptive",
+        help="Guess less, or not at all, while guessing does not pay.",
+        rich_help_panel=MODEL,
+    ),
 ]
 
 Temperature = Annotated[
@@ -293,6 +317,15 @@ PlanTreeNodes = Annotated[
 PlanDtype = Annotated[
     str,
     typer.Option("--dtype", metavar="TYPE", help="auto, float32, bfloat16, float16.", rich_help_panel=MODEL),
+]
+PlanCacheDtype = Annotated[
+    str,
+    typer.Option(
+        "--kv-cache-dtype",
+        metavar="TYPE",
+        help="auto: as the weights; int8: about half the cache, lossy.",
+        rich_help_panel=MODEL,
+    ),
 ]
 PlanMesh = Annotated[
     str,

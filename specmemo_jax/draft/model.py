@@ -172,6 +172,7 @@ class DraftModel(_Drafted):
             layers=None,
             seen=None,
             score_nodes=None,
+            quantized=False,
         )
         if chunk is None:
             return lookahead_phases(draft, self.levels, self.shape)

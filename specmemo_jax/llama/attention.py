@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.lax import optimization_barrier
 from jaxtyping import Array, Bool, Float, Int
 
+from specmemo_jax.llama.kv import Leaf, Quantized
+
 NEG_INF = -1e30
 
 
@@ -17,8 +19,8 @@ def tree_attention(
     q: Float[Array, "B T N D"],
     k_new: Float[Array, "B K M D"],
     v_new: Float[Array, "B K M D"],
-    k_cache: Array,
-    v_cache: Array,
+    k_cache: Leaf,
+    v_cache: Leaf,
     ancestors: Bool[Array, "B T M"],
     lengths: Int[Array, " B"],
     dtype: jnp.dtype,
@@ -28,9 +30,14 @@ def tree_attention(
 
     ``k_cache`` and ``v_cache`` are ``[B, K, S, D]``, of which row ``b`` uses the first
     ``lengths[b]``; ``ancestors[b, i, j]`` says that node ``i`` of T sees node ``j`` of M, of
-    which the T are the last (itself included).
+    which the T are the last (itself included). Of an int8 cache (`Quantized`) the whole numbers are
+    multiplied, and the scales of the keys go onto the scores, those of the values onto their weights.
     """
     B, T, N, D = q.shape
+    k_scales = v_scales = None
+    if isinstance(k_cache, Quantized):
+        k_cache, k_scales = k_cache.values, k_cache.scales[..., 0]
+        v_cache, v_scales = v_cache.values, v_cache.scales[..., 0]
     K, S = k_cache.shape[1], k_cache.shape[2]
     G = N // K
 
@@ -44,7 +51,11 @@ def tree_attention(
     on_cpu = precision is None
     queries, spare = G * T, int(G * T == 1 and not (on_cpu and jnp.dtype(dtype) == jnp.float32))
     q = jnp.pad(q, ((0, 0), (0, 0), (0, spare), (0, 0)))
+    if k_scales is not None and on_cpu:
+        k_cache = _no_earlier(k_cache, q)
     past = dot("bkqd,bksd->bkqs", q, k_cache)
+    if k_scales is not None:
+        past = past * k_scales[:, :, None]
     # Two products: XLA's GPU backend would merge them over a copy of the cache beside the new keys.
     tree = dot("bkqd,bktd->bkqt", q if on_cpu else optimization_barrier(q), k_new)
     committed = jnp.arange(S)[None, :] < lengths[:, None]
@@ -56,6 +67,17 @@ def tree_attention(
     top = jnp.maximum(past.max(-1, keepdims=True), tree.max(-1, keepdims=True))
     past, tree = jnp.exp(past - top), jnp.exp(tree - top)
     total = past.sum(-1, keepdims=True) + tree.sum(-1, keepdims=True)
+    if v_scales is not None:
+        past = past * v_scales[:, :, None]
+        v_cache = _no_earlier(v_cache, past) if on_cpu else v_cache
     out = dot("bkqs,bksd->bkqd", past, v_cache) + dot("bkqt,bktd->bkqd", tree, v_new)
     out = (out / total)[:, :, :queries].reshape(B, K, G, T, D)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N * D)
+
+
+def _no_earlier(values: Array, than: Array) -> Array:
+    """``values``, int8, in a way that XLA's CPU backend cannot convert them before it has ``than``; it would
+    convert the caches of all layers first.
+    """
+    zero = jnp.where((than[(0,) * than.ndim] < 0).astype(jnp.int32) >= 0, 0, 1)
+    return values + zero.astype(values.dtype)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specmemo_jax.llama.attention import tree_attention
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.llama.kv import KVCache, NewKV, select_rows
+from specmemo_jax.llama.kv import KVCache, NewKV, Quantized, dequantize, quantize, select_rows
 from specmemo_jax.llama.layers import Linear, RMSNorm, matmul
 from specmemo_jax.llama.rope import rope_tables, rotate
 
@@ -120,11 +120,14 @@ def forward(
         qk = rotate(qk.reshape(B, T, N + K, D), cos, sin).reshape(B, T, M, -1, D)
         q, k = qk[:, :, :, : N // M].reshape(B, T, N, D), qk[:, :, :, N // M :]
         # What waits for the commit waits in the cache's dtype.
-        k, v = (heads.reshape(B, T, K, D).transpose(0, 2, 1, 3).astype(dtype) for heads in (k, v))
+        # In int8 its nodes see each other as they will be seen in the cache, whatever the tree.
+        as_cached = quantize if isinstance(k_cache, Quantized) else lambda x: x.astype(dtype)
+        k, v = (as_cached(heads.reshape(B, T, K, D).transpose(0, 2, 1, 3)) for heads in (k, v))
         k, v = optimization_barrier((k, v))  # else XLA keeps the projection's float32 and converts at the end
         new.append((k, v))
         if earlier is not None:
-            k, v = (jnp.concatenate(pair, axis=2) for pair in zip(earlier[i], (k, v), strict=True))
+            k, v = jax.tree.map(lambda *pair: jnp.concatenate(pair, axis=2), earlier[i], (k, v))
+        k, v = dequantize(k), dequantize(v)
 
         def attend(q: Array, ancestors: Array) -> Array:
             return tree_attention(q, k, v, k_cache, v_cache, ancestors, lengths, dtype, precision)  # noqa: B023

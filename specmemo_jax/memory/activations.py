@@ -33,7 +33,8 @@ class Pass:
     ``seen``: M, the nodes that a node can see beside the cache (T, or more where earlier passes' are
     not committed). ``gathered``: the rows are copied out of a wider cache. ``score_nodes``: the most
     nodes whose scores exist at once. ``layers``: L, None for all of the model's. ``in_order``: accepted
-    nodes are the first ones, so that nothing is gathered for the commit (a chain).
+    nodes are the first ones, so that nothing is gathered for the commit (a chain). ``quantized``: the cache
+    is `specmemo_jax.llama.kv.Quantized`.
     """
 
     config: LlamaConfig
@@ -48,6 +49,7 @@ class Pass:
     shards: int = 1
     layers: int | None = None
     in_order: bool = False
+    quantized: bool = False
 
     @property
     def depth(self) -> int:
@@ -97,9 +99,11 @@ def kept(p: Pass) -> Live:
     """What lives from the first layer to the commit: new keys and values, rotary tables, small integers."""
     c, R = p.config, p.all_nodes
     N, K = p.heads
-    if p.on_cpu and p.itemsize == FULL and not (p.in_order and p.rows > 1):
-        # The projection's result itself: what is sliced or gathered from it is fused into the write.
+    if p.on_cpu and (p.quantized or (p.itemsize == FULL and not (p.in_order and p.rows > 1))):
+        # The projection's result itself: what is sliced, gathered or quantized of it is fused into the write.
         new = array("new keys and values", (p.depth, R, (N + 2 * K) * c.head_dim), FULL)
+    elif p.quantized:
+        new = array("new keys and values, scales", (p.depth, 2, R, K, c.head_dim + FULL), 1, "int8")
     else:
         new = array("new keys and values", (p.depth, 2, R, K, c.head_dim), p.itemsize)
     tables = array("rotary tables", (2, R, c.head_dim), FULL)
@@ -153,9 +157,21 @@ def attention(p: Pass) -> tuple[Live, ...]:
         FULL if p.on_cpu else p.itemsize
     )  # a row's values, which XLA's CPU backend converts while it copies
     copies: Live = ()
-    if p.gathered:
+    if p.gathered and p.quantized:
+        copies = tuple(
+            array(f"row's {what}, scales", (K, S, D + FULL), 1, "int8") for what in ("keys", "values")
+        )
+    elif p.gathered:
         copies = (array("row's keys", (K, S, D), p.itemsize), array("row's values", (K, S, D), item))
     base = (*kept(p), residual, packing(p))
+    as_keys = as_values = ()
+    if p.quantized and p.backend != "triton":  # which converts what it reads; others need a layer's in whole
+        as_keys, as_values = (
+            (array(f"{what} of a layer, converted", (p.rows, K, S, D), p.itemsize),)
+            for what in ("keys", "values")
+        )
+    if p.quantized and not p.on_cpu:
+        base = (*base, array("new keys and values, converted", (2, R, K, D), FULL))
     if p.parted:  # a loop, whose operands and results live through all its rounds
         loop = array("queries and results of all parts", (2, R, N, D), FULL)
         base = (*base, loop, array("new keys and values for all parts", (2, R, K, D), FULL), *copies)
@@ -169,9 +185,9 @@ def attention(p: Pass) -> tuple[Live, ...]:
         out = _product(p, "attended", queried, D, S)
         work = workspace(p)
         return (
-            (*base, queries, scores, among, *copies, work),
-            (*base, scores, among, *weights, *copies[1:], work),
-            (*base, among, *(weights or (scores,)), *copies[1:], out),
+            (*base, queries, scores, among, *copies, *as_keys, work),
+            (*base, scores, among, *weights, *copies[1:], *as_values, work),
+            (*base, among, *(weights or (scores,)), *copies[1:], *as_values, out),
         )
     # A chain's new keys are whole arrays already; elsewhere they are rearranged, as values are.
     ready = p.itemsize == FULL and p.in_order and p.rows > 1
@@ -181,7 +197,8 @@ def attention(p: Pass) -> tuple[Live, ...]:
         near = values = ()
     turned = array("queries", (queried, D), FULL)
     narrow = () if p.itemsize == FULL else (array("queries, 16 bit", (queried, D), p.itemsize),)
-    both = (*base, turned, *narrow, *near, scores, *copies)
+    both = (*base, turned, *narrow, *near, scores, *copies, *as_keys)
+    base = (*base, *as_values)
     again = dataclasses.replace(scores, name="scores over the cache, masked")
     if queried < YNN_ROWS:  # reduced by YNN from a masked copy, while the exponential reads the first
         masked = dataclasses.replace(among, name="scores among nodes, masked")

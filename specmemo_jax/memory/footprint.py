@@ -95,7 +95,7 @@ def footprint(
     Args:
         config: the target's.
         drafter: what proposes, with its own buffers and temporaries; None for plain decoding.
-        dtype: of the weights, and of the cache where ``kv_dtype`` is None.
+        dtype: of the weights, and of the cache where ``kv_dtype`` (else ``"int8"``) is None.
         platform: ``"cpu"`` or ``"gpu"``.
         batch: B rows.
         capacity: S cache slots a row.
@@ -116,12 +116,22 @@ def footprint(
         *(() if drafter is None else drafter.buffers(batch, capacity)),
     )
     if platform != "cpu":
-        leaves = 2 * config.num_layers + 24 + (8 if drafter is None else 64)
+        leaves = (4 if kv_dtype == "int8" else 2) * config.num_layers + 24 + (8 if drafter is None else 64)
         buffers += (Buffer("alignment", (leaves,), "padding", leaves * GPU_ALIGNMENT),)
 
     programs: dict[str, ProgramFootprint] = {}
     for backend in backends(platform, compute_capability):
-        base = Pass(config, item, backend, batch, 1, capacity, score_nodes=score_nodes, shards=shards)
+        base = Pass(
+            config,
+            item,
+            backend,
+            batch,
+            1,
+            capacity,
+            score_nodes=score_nodes,
+            shards=shards,
+            quantized=kv_dtype == "int8",
+        )
         nodes = max(tree_nodes, *widths)
         found = [_step(base, drafter, nodes, logit_nodes, policy)] if nodes > 1 else []
         found.append(_step(base, None, 1, None, policy))
@@ -141,9 +151,9 @@ def _step(
     in_order = nodes == 1 or bool(getattr(drafter, "is_chain", False))
     verify = dataclasses.replace(base, nodes=nodes, in_order=in_order)
     kv_heads, D = verify.heads[1], config.head_dim
-    path = array(
-        "accepted keys and values", (config.num_layers, 2, batch, kv_heads, depth + 1, D), base.itemsize
-    )
+    item = 1 if base.quantized else base.itemsize
+    length = D + FULL if base.quantized else D
+    path = array("accepted keys and values", (config.num_layers, 2, batch, kv_heads, depth + 1, length), item)
     peaks = [*attention(verify), *projections(verify), (*kept(verify), path)]
     by_parts = logit_nodes is not None and logit_nodes < nodes
     peaks += head(verify, batch * (logit_nodes if by_parts and logit_nodes else nodes), False, batch)
@@ -195,14 +205,12 @@ def weights(config: LlamaConfig, dtype: str, shards: int) -> Buffer:
 def state(config: LlamaConfig, dtype: str, batch: int, capacity: int, shards: int) -> tuple[Buffer, ...]:
     """The engine's state on one device, without the drafter's: cache, rows and the tokens seen."""
     heads = config.num_kv_heads // shards
-    cache = array(
-        "target KV",
-        (config.num_layers, 2, batch, heads, capacity, config.head_dim),
-        ITEM_BYTES[dtype],
-        dtype,
-    )
+    shape = (config.num_layers, 2, batch, heads, capacity)
+    cache = (array("target KV", (*shape, config.head_dim), ITEM_BYTES[dtype], dtype),)
+    if dtype == "int8":
+        cache = (*cache, array("target KV scales", shape, FULL))
     return (
-        cache,
+        *cache,
         Buffer("rows", (batch,), "settings", batch * row_bytes()),
         array("seen tokens", (batch, config.vocab_size), FULL, "int32"),
     )

@@ -34,7 +34,8 @@ class Expected:
     """What a plan is expected to do for its workload, and where the numbers came from.
 
     ``vanilla_tokens_per_second``: the best plan without a drafter, for all rows together like
-    ``tokens_per_second``. ``accepted_length``: tokens a row a step, bonus token counted.
+    ``tokens_per_second``. ``accepted_length``: tokens a row a step, bonus token counted. ``cache_source``:
+    what a lossy cache changes, empty for one that is not.
     """
 
     tokens_per_second: float
@@ -42,6 +43,7 @@ class Expected:
     accepted_length: float
     speed_source: str
     acceptance_source: str
+    cache_source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +173,7 @@ class MemoryPlan:
             shards=self.shards,
             policy=self.policy,
             device=self.device,
+            kv_dtype=self.kv_dtype,
         )
 
     def at(self, tokens: int) -> "MemoryPlan":
@@ -203,8 +206,11 @@ def lay_out(
     policy: str = "plan",
     device: DeviceSpec | None = None,
     workload: Workload | None = None,
+    kv_dtype: str | None = None,
 ) -> MemoryPlan:
-    """One choice of shapes, priced. Raises for a batch or a context that cannot be."""
+    """One choice of shapes, priced; ``kv_dtype`` None is ``dtype``. Raises for a batch or a context that
+    cannot be.
+    """
     _check(config, batch, context, policy)
     depth = 0 if drafter is None else drafter.max_depth
     largest = -(-(context + depth + 1) // SLOTS) * SLOTS
@@ -218,7 +224,7 @@ def lay_out(
     plan = MemoryPlan(
         config=config,
         dtype=jnp.dtype(dtype).name,
-        kv_dtype=jnp.dtype(dtype).name,
+        kv_dtype=kv_dtype or jnp.dtype(dtype).name,
         platform=platform,
         shards=shards,
         policy=policy,
@@ -270,7 +276,8 @@ def _growth(plan: MemoryPlan, capacity: int) -> ProgramFootprint:
     """
     config = plan.config
     shape = (2, plan.batch, config.num_kv_heads // plan.shards, capacity, config.head_dim)
-    size = math.prod(shape) * jnp.dtype(plan.kv_dtype).itemsize
+    scale = 4 if plan.kv_dtype == "int8" else 0  # a vector's, beside its numbers
+    size = math.prod(shape[:-1]) * (config.head_dim * jnp.dtype(plan.kv_dtype).itemsize + scale)
     old = [Buffer("a layer's KV before", shape, plan.kv_dtype, size)]
     for buffer in () if plan.drafter is None else plan.drafter.buffers(plan.batch, capacity):
         if buffer.name == "draft KV":

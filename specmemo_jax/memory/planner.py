@@ -45,6 +45,8 @@ class Task:
     workload: Workload
     shards: int = 1
     policy: str = "plan"
+    kv_dtype: str | None = None  # None: as ``dtype``
+    cache_source: str = ""  # what is known of the effect of a lossy one
 
     @property
     def platform(self) -> str:
@@ -84,6 +86,7 @@ def candidates(task: Task, options: Sequence[Option], speed: SpeedModel) -> list
                 accepted_length=option.outlook.accepted_length,
                 speed_source=speed.source,
                 acceptance_source=option.outlook.source,
+                cache_source=task.cache_source,
             ),
         )
         for (option, plan), rate in zip(plans, speeds, strict=True)
@@ -170,6 +173,7 @@ def _lay_out(
         policy=task.policy,
         device=task.device,
         workload=task.workload,
+        kv_dtype=task.kv_dtype,
     )
 
 
@@ -224,6 +228,7 @@ def _with_largest_context(plan: MemoryPlan, limit: int) -> MemoryPlan:
             policy=plan.policy,
             device=plan.device,
             workload=plan.workload,
+            kv_dtype=plan.kv_dtype,
         )
         return dataclasses.replace(wider, expected=plan.expected)
 

@@ -87,19 +87,27 @@ class SpeedModel(Protocol):
 
 
 def pass_work(
-    config: LlamaConfig, dtype: str, batch: int, nodes: int, length: int, head_rows: int, shards: int = 1
+    config: LlamaConfig,
+    dtype: str,
+    batch: int,
+    nodes: int,
+    length: int,
+    head_rows: int,
+    shards: int = 1,
+    cache_item: float | None = None,
 ) -> Work:
     """What one pass over ``batch * nodes`` rows reads and computes on each device.
 
     Bytes: every matrix once with the head, the cache's ``length`` slots a row and the new ones, the
     activations between the products, scores (written, normalised, read again) and logits in float32.
+    ``cache_item``: bytes that a number of the cache costs, None for those of ``dtype``.
     """
     H, D, F, V = config.hidden_size, config.head_dim, config.ffn_size, config.vocab_size
     L, N, K = config.num_layers, config.num_heads, config.num_kv_heads
     rows, item = batch * nodes, jnp.dtype(dtype).itemsize
     layer = 2 * H * D * (N + K) + 3 * H * F
     weights = item * (L * layer + V * H)
-    cache = item * 2 * L * K * D * (batch * length + rows)
+    cache = (item if cache_item is None else cache_item) * 2 * L * K * D * (batch * length + rows)
     activations = item * rows * L * (2 * (N + K) * D + 3 * F) + _FLOAT32 * 3 * rows * L * N * length
     whole = item * rows * L * 6 * H  # the residual sum and the norms, which every device holds
     logits = _FLOAT32 * 2 * head_rows * V
@@ -111,12 +119,16 @@ def pass_work(
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Times from ``bandwidth`` (bytes/s), peak ``flops`` by dtype and ``layer_seconds`` beside them."""
+    """Times from ``bandwidth`` (bytes/s), peak ``flops`` by dtype and ``layer_seconds`` beside them.
+
+    ``cache_item``: see `pass_work`.
+    """
 
     bandwidth: float
     flops: Mapping[str, float]
     layer_seconds: float
     source: str
+    cache_item: float | None = None
 
     def seconds(self, work: Work, dtype: str) -> float:
         """Time of so much work. Raises ConfigError for a dtype that the device has no rate for."""
@@ -131,14 +143,14 @@ class Roofline:
         self, config: LlamaConfig, dtype: str, batch: int, nodes: int, length: int, shards: int = 1
     ) -> float:
         """See `SpeedModel`."""
-        work = pass_work(config, dtype, batch, nodes, length, batch * nodes, shards)
+        work = pass_work(config, dtype, batch, nodes, length, batch * nodes, shards, self.cache_item)
         return self.seconds(work, dtype) + _collectives(config, shards)
 
     def prefill_seconds(
         self, config: LlamaConfig, dtype: str, tokens: int, chunk: int, shards: int = 1
     ) -> float:
         """See `SpeedModel`; each chunk as at the mean length."""
-        work = pass_work(config, dtype, 1, chunk, tokens // 2, 1, shards)
+        work = pass_work(config, dtype, 1, chunk, tokens // 2, 1, shards, self.cache_item)
         return math.ceil(tokens / chunk) * (self.seconds(work, dtype) + _collectives(config, shards))
 
     def draft_seconds(self, work: Work, dtype: str) -> float:
@@ -146,13 +158,14 @@ class Roofline:
         return self.seconds(work, dtype)
 
 
-def roofline(device: DeviceFigures) -> Roofline:
+def roofline(device: DeviceFigures, cache_item: float | None = None) -> Roofline:
     """Times of a device that nothing was measured on."""
     return Roofline(
         bandwidth=device.bandwidth,
         flops=device.flops,
         layer_seconds=KERNELS_A_LAYER * KERNEL_SECONDS[device.platform],
         source=f"roofline estimate from the data sheet of {device.slug}",
+        cache_item=cache_item,
     )
 
 

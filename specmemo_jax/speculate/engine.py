@@ -76,7 +76,7 @@ class Engine:
     @property
     def capacity(self) -> int:
         """S: cache slots a row has at the moment."""
-        return 0 if self._state is None else self._state.cache[0][0].shape[2]
+        return 0 if self._state is None else kv.capacity_of(self._state.cache)
 
     @property
     def live_generation_bytes(self) -> int:

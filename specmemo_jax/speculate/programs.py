@@ -48,7 +48,7 @@ class Programs:
         plan, config = self.plan, self.target.config
         shape = (plan.batch, config.num_kv_heads, capacity, config.head_dim)
         return EngineState(
-            cache=kv.init_cache(config.num_layers, shape, self.target.dtype),
+            cache=kv.init_cache(config.num_layers, shape, self._kv_dtype),
             rows=init_rows(plan),
             draft=() if self.drafter is None else self.drafter.init(plan.batch, capacity),
         )
@@ -82,6 +82,11 @@ class Programs:
         of_a_row = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (history.seen, history.recent))
         inputs = (_scalar(), _scalar(), _scalar(), self._settings(), *of_a_row)
         return self._lower(restore, capacity, inputs=inputs)
+
+    @property
+    def _kv_dtype(self) -> jnp.dtype:
+        """The plan's, where it is not the weights' own (which another may stand in for, to be compiled)."""
+        return self.target.dtype if self.plan.kv_dtype == self.plan.dtype else jnp.dtype(self.plan.kv_dtype)
 
     @property
     def _layout(self) -> Layout:

@@ -11,7 +11,8 @@ from specmemo_jax.cli.streaming import _stripped
 
 
 def run(model, *arguments):
-    command = ["generate", "--model", str(model), "--max-context", "256", *map(str, arguments)]
+    command = ["generate", "--model", str(model), "--max-context", "256", "--no-adaptive"]
+    command += map(str, arguments)
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.stderr
     assert result.stderr == ""

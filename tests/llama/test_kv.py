@@ -46,12 +46,44 @@ def test_one_row_of_many():
     assert float(k.sum()) == float(k[1, :, 5:7].sum()) == 16
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 99), scale=st.sampled_from([0.0, 1e-20, 1.0, 1e4]))
+def test_quantized_vectors(seed, scale):
+    x = scale * np.random.default_rng(seed).standard_normal((2, 3, 5, 8)).astype(np.float32)
+    once = kv.quantize(jnp.asarray(x))
+    back = np.asarray(kv.dequantize(once))
+    steps = np.abs(x).max(-1, keepdims=True) / 127
+    assert (np.abs(back - x) <= steps / 2 * 1.001).all()
+    again = kv.quantize(jnp.asarray(back))  # what is stored once more does not wander
+    np.testing.assert_array_equal(np.asarray(again.values), np.asarray(once.values))
+    np.testing.assert_allclose(np.asarray(again.scales), np.asarray(once.scales), rtol=1e-6)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_an_int8_cache_is_written_and_grown(platform):
+    cache = kv.init_cache(2, (2, 2, 8, 4), jnp.dtype("int8"))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 3, 4)), jnp.float32)
+    new = ((kv.quantize(x), kv.quantize(-x)),) * 2
+    grown = kv.grow(write(cache, new, jnp.array([1, 4]), jnp.arange(2), platform=platform), 16)
+    assert kv.capacity_of(grown) == 16
+    for keys, values in grown:
+        for sign, side in ((1, keys), (-1, values)):
+            got = np.asarray(kv.dequantize(side))
+            for row, start in enumerate((1, 4)):
+                np.testing.assert_allclose(
+                    got[row, :, start : start + 3], sign * np.asarray(x[row]), atol=0.02
+                )
+                assert not got[row, :, :start].any()
+                assert not got[row, :, start + 3 :].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_donated_write_copies_nothing(dtype, batch):
     shape = (batch, 2, 512, 64)
     cache = jax.eval_shape(lambda: kv.init_cache(2, shape, jnp.dtype(dtype)))
-    new = tuple((jax.ShapeDtypeStruct((batch, 2, 8, 64), jnp.float32),) * 2 for _ in range(2))
+    one = jax.ShapeDtypeStruct((batch, 2, 8, 64), jnp.float32)
+    new = ((jax.eval_shape(kv.quantize, one) if dtype == "int8" else one,) * 2,) * 2
     starts = jax.ShapeDtypeStruct((batch,), jnp.int32)
     donating = jax.jit(functools.partial(kv.write, platform="cpu"), donate_argnums=0)
     memory = compiled_memory(donating.lower(cache, new, starts, starts).compile())

@@ -11,7 +11,7 @@ from specmemo_jax.errors import CapacityError, ConfigError
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.memory.budget import parse_bytes
 from specmemo_jax.memory.compiled import compiled_memory
-from specmemo_jax.memory.plan import make_plan
+from specmemo_jax.memory.plan import lay_out, make_plan
 from specmemo_jax.speculate.engine import Engine
 from specmemo_jax.testing import TINY, tiny_llama
 
@@ -30,23 +30,33 @@ DRAFTERS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "dtype"),
+    ("name", "batch", "dtype", "kv_dtype"),
     [
-        ("none", 1, "float32"),
-        ("none", 1, "bfloat16"),
-        ("ngram", 1, "float32"),
-        ("ngram", 3, "bfloat16"),
-        ("ladder", 1, "float32"),
-        ("draft model", 1, "float32"),
-        ("draft model", 3, "bfloat16"),
-        ("self", 3, "float32"),
+        ("none", 1, "float32", None),
+        ("none", 1, "bfloat16", None),
+        ("ngram", 1, "float32", None),
+        ("ngram", 3, "bfloat16", None),
+        ("ngram", 1, "float32", "int8"),
+        ("self", 3, "bfloat16", "int8"),
+        ("ladder", 1, "float32", None),
+        ("draft model", 1, "float32", None),
+        ("draft model", 3, "bfloat16", None),
+        ("self", 3, "float32", None),
     ],
 )
-def test_plan_against_the_compiler(name, batch, dtype):
+def test_plan_against_the_compiler(name, batch, dtype, kv_dtype):
     """Persistent buffers to the byte, temporaries from above, the whole state aliased, sampled or greedy."""
     drafter = DRAFTERS[name]
     target = pack(TINY, iter(tiny_llama().items()), jnp.dtype(dtype))
-    plan = make_plan(TINY, dtype=target.dtype, platform="cpu", batch=batch, drafter=drafter)
+    plan = lay_out(
+        TINY,
+        dtype=target.dtype,
+        platform="cpu",
+        batch=batch,
+        context=TINY.max_context,
+        drafter=drafter,
+        kv_dtype=kv_dtype,
+    )
     engine = Engine(target, drafter, plan)
     largest = plan.capacities[-1]
     state = engine.programs.abstract_state(largest)

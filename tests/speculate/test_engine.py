@@ -11,7 +11,7 @@ import pytest
 from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, Shape
 from specmemo_jax.draft.ngram import chain
 from specmemo_jax.llama.packing import pack
-from specmemo_jax.memory.plan import MAX_BAD_WORDS, make_plan
+from specmemo_jax.memory.plan import MAX_BAD_WORDS, lay_out
 from specmemo_jax.sampling_params import SamplingParams
 from specmemo_jax.serve import device_sampling
 from specmemo_jax.speculate.engine import Engine
@@ -52,10 +52,12 @@ SAMPLED_GRID = [("itself, chain", 4), *((name, 4) for name in KINDS), ("tree8", 
 
 
 @functools.cache
-def engine_for(drafter, batch, context, dtype):
+def engine_for(drafter, batch, context, dtype, kv_dtype=None):
     """One engine for all tests that ask for the same: a closed one keeps its compiled programs."""
     target = target_in(dtype)
-    plan = make_plan(TINY, dtype=target.dtype, platform="cpu", batch=batch, context=context, drafter=drafter)
+    plan = lay_out(
+        TINY, dtype=dtype, platform="cpu", batch=batch, context=context, drafter=drafter, kv_dtype=kv_dtype
+    )
     return Engine(target, drafter, plan)
 
 
@@ -70,12 +72,13 @@ def generate(
     dtype="float32",
     context=256,
     steps=8,
+    kv_dtype=None,
 ) -> list[RowLog]:
     """All prompts through an engine, slots refilled as they come free; logs in prompt order.
 
     ``sampling``: a list of SamplingParams (with seeds), one a prompt.
     """
-    engine = engine_for(drafter, batch, context, dtype)
+    engine = engine_for(drafter, batch, context, dtype, kv_dtype)
     waiting, logs = list(range(len(prompts))), {}
     slots: list[int | None] = [None] * batch
     try:
@@ -277,3 +280,22 @@ def test_chunks_cover_a_prompt(length):
     assert plan[0][0] == 0
     assert all(start + width == following for (start, width), (following, _) in itertools.pairwise(plan))
     assert plan[-1][0] < length <= plan[-1][0] + plan[-1][1]
+
+
+@pytest.mark.parametrize(("name", "batch"), [("tree8", 4), ("model, tree", 1), ("self, tree", 4)])
+def test_drafting_is_exact_over_an_int8_cache(name, batch, vanilla):
+    plain = [log.new_ids for log in generate(None, PROMPTS, kv_dtype="int8")]
+    drafted = generate(DRAFTERS[name], PROMPTS, batch=batch, kv_dtype="int8")
+    assert [log.new_ids for log in drafted] == plain
+    assert (
+        name == "model, tree" or min(len(log.accepted_lengths) for log in drafted) < 39
+    )  # guesses were right
+    assert plain != vanilla  # it is lossy
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_int8_cache_is_read_about_right(dtype):
+    """The same prompt, one step: the logits' order of the float32 cache is kept where it is clear."""
+    exact = [log.new_ids[0] for log in generate(None, PROMPTS, max_tokens=1)]
+    lossy = [log.new_ids[0] for log in generate(None, PROMPTS, max_tokens=1, dtype=dtype, kv_dtype="int8")]
+    assert sum(a == b for a, b in zip(exact, lossy, strict=True)) >= 3
