@@ -6,21 +6,24 @@
 
 A reference line holds ``prompt_ids`` and ``new_ids`` (here: transformers + torch, float32, 64 tokens).
 ``--sampled`` decodes each prompt once with each of the settings below, every request with a seed of its
-own. In bfloat16 and float16 near-ties may flip: the differing rows are counted and nothing fails.
+own; the prompt's cache is kept from one setting to the next, as a chat's is. In bfloat16 and float16 near-ties may flip: the differing rows are counted and nothing fails.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from specmemo_jax import LLM, LlamaConfig, RequestOutput, SamplingParams
+from specmemo_jax import LLM, LlamaConfig, SamplingParams
 from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, Shape, make_drafter
 from specmemo_jax.draft.ngram import chain
 from specmemo_jax.llama.packing import pack
@@ -71,10 +74,6 @@ def _draft_model(model: str, shape: Shape, random: bool) -> DraftModel:
     return DraftModel.of(pack(config, tensors, jnp.dtype("float32")), shape)
 
 
-def advance(bar: tqdm, _: RequestOutput) -> None:
-    bar.update()
-
-
 def answers(
     options: argparse.Namespace,
     drafter: Drafter | None,
@@ -87,7 +86,13 @@ def answers(
     arguments = {"drafter": drafter, "dtype": options.dtype, "max_batch": batch, "max_context": longest}
     arguments["adaptive"] = False  # or a tree that loses would be left for plain decoding, and not be checked
     with LLM(options.model, **arguments) as llm, tqdm(total=len(prompts), disable=None, leave=False) as bar:
-        outputs = llm.generate(prompts, params, progress=partial(advance, bar))
+        jobs = [llm._job(*pair, place) for place, pair in enumerate(zip(prompts, params, strict=True))]
+        for job in jobs:
+            job.request = dataclasses.replace(job.request, reuse=options.sampled)
+        with contextlib.closing(llm._serve(jobs)) as running:
+            for job in running:
+                bar.update(job.output is not None)
+        outputs = [job.output for job in jobs if job.output is not None]
     steps = sum(output.metrics.steps for output in outputs)
     tokens = sum(sum(output.metrics.accepted_lengths) for output in outputs)
     return [list(output.outputs[0].token_ids) for output in outputs], tokens / max(steps, 1)
@@ -111,13 +116,13 @@ def main() -> int:
     prompts = [row["prompt_ids"] for row in rows]
     n = options.new_tokens
     if options.sampled:
+        every = list(product(range(len(prompts)), SETTINGS))
         params = [
-            SamplingParams(seed=1000 * i + j, max_tokens=n, **fields)
-            for i, fields in enumerate(SETTINGS.values())
-            for j in range(len(prompts))
+            SamplingParams(seed=place, max_tokens=n, **SETTINGS[name])
+            for place, (_, name) in enumerate(every)
         ]
-        labels = [name for name in SETTINGS for _ in prompts]
-        prompts = prompts * len(SETTINGS)
+        labels = [name for _, name in every]
+        prompts = [prompts[row] for row, _ in every]
         want, _ = answers(options, None, 1, prompts, params)
     else:
         params = [SamplingParams(temperature=0, max_tokens=n)] * len(rows)
@@ -135,7 +140,8 @@ def main() -> int:
             )
             for i in wrong:
                 at = next((k for k, (a, b) in enumerate(zip(got[i], want[i], strict=False)) if a != b), "end")
-                print(f"    {labels[i]}, row {i % len(rows)} (seed {params[i].seed}): differs at token {at}")
+                row = i * len(rows) // len(prompts)
+                print(f"    {labels[i]}, row {row} (seed {params[i].seed}): differs at token {at}")
             failed += len(wrong)
     return int(failed > 0 and options.dtype == "float32")
 

@@ -40,7 +40,8 @@ def quantize(x: Array) -> Quantized:
 
 def dequantize(x: Leaf) -> Array:
     """The numbers that a `Quantized` stands for, float32; an array as it is."""
-    return x.values.astype(jnp.float32) * x.scales if isinstance(x, Quantized) else x
+    whole = isinstance(x, Quantized)
+    return x.values.astype(jnp.float32) * x.scales if whole else jnp.asarray(x)
 
 
 def init_cache(num_layers: int, shape: tuple[int, int, int, int], dtype: jnp.dtype) -> KVCache:

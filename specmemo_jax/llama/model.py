@@ -122,12 +122,12 @@ def forward(
         # What waits for the commit waits in the cache's dtype.
         # In int8 its nodes see each other as they will be seen in the cache, whatever the tree.
         as_cached = quantize if isinstance(k_cache, Quantized) else lambda x: x.astype(dtype)
-        k, v = (as_cached(heads.reshape(B, T, K, D).transpose(0, 2, 1, 3)) for heads in (k, v))
-        k, v = optimization_barrier((k, v))  # else XLA keeps the projection's float32 and converts at the end
-        new.append((k, v))
+        pair = tuple(as_cached(heads.reshape(B, T, K, D).transpose(0, 2, 1, 3)) for heads in (k, v))
+        pair = optimization_barrier(pair)  # else XLA keeps the projection's float32 and converts at the end
+        new.append(pair)
         if earlier is not None:
-            k, v = jax.tree.map(lambda *pair: jnp.concatenate(pair, axis=2), earlier[i], (k, v))
-        k, v = dequantize(k), dequantize(v)
+            pair = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), earlier[i], pair)
+        k, v = map(dequantize, pair)
 
         def attend(q: Array, ancestors: Array) -> Array:
             return tree_attention(q, k, v, k_cache, v_cache, ancestors, lengths, dtype, precision)  # noqa: B023

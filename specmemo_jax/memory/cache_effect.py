@@ -49,9 +49,13 @@ class CacheEffect:
         )
         reader.expect("format", FORMAT)
         texts = {name: reader.text(name) for name in ("model", "dtype", "prompts", "date")}
-        totals = {name: reader.count(name) for name in ("tokens", "answers")}
-        alike = {name: reader.whole(name) for name in ("same", "same_answers")}
-        found = cls(**texts, **totals, **alike)
+        found = cls(
+            **texts,
+            tokens=reader.count("tokens"),
+            same=reader.whole("same"),
+            answers=reader.count("answers"),
+            same_answers=reader.whole("same_answers"),
+        )
         reader.check(found.same <= found.tokens, "more tokens are the same than there are")
         reader.check(found.same_answers <= found.answers, "more answers are the same than there are")
         return found
