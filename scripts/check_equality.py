@@ -6,7 +6,8 @@
 
 A reference line holds ``prompt_ids`` and ``new_ids`` (here: transformers + torch, float32, 64 tokens).
 ``--sampled`` decodes each prompt once with each of the settings below, every request with a seed of its
-own; the prompt's cache is kept from one setting to the next, as a chat's is. In bfloat16 and float16 near-ties may flip: the differing rows are counted and nothing fails.
+own; the prompt's cache is kept from one setting to the next, as a chat's is. In bfloat16 and float16
+near-ties may flip: the differing rows are counted and nothing fails.
 """
 
 import argparse
