@@ -138,11 +138,9 @@ def _proof(plan: MemoryPlan) -> Any:
 
 def theory_of(plan: MemoryPlan, program: str) -> int | None:
     """What the theory gives a compiled program beside the persistent buffers; None where it prices none of
-    that name because a larger one covers it (smaller trees, catching up, restoring).
+    that name because a larger one covers it (catching up, restoring).
     """
     name = program.split(",")[0]
-    if name == f"step {plan.tree_nodes}":
-        name = "step" if plan.tree_nodes > 1 else "plain step"
     return next((p.bytes for p in plan.footprint.programs if p.name == name), None)
 
 

@@ -150,7 +150,16 @@ def by_parts(function: Callable[..., Array], nodes: int | None, *inputs: Array) 
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, parts, nodes, *x.shape[2:]), 1, 0)
 
-    out = jax.lax.map(lambda part: function(*part), tuple(map(split, inputs)))
+    pieces = tuple(map(split, inputs))
+    one = jax.eval_shape(function, *(x[0] for x in pieces))
+    # Always zero; a constant's copies for the loops of all layers would be made before the first layer.
+    first = inputs[0][(0,) * inputs[0].ndim]
+    zero = jnp.where((first < 0).astype(jnp.int32) >= 0, 0, 1).astype(one.dtype)
+
+    def run(i: Array, out: Array) -> Array:
+        return out.at[i].set(function(*(x[i] for x in pieces)), mode="promise_in_bounds")
+
+    out = jax.lax.fori_loop(0, parts, run, jnp.full((parts, *one.shape), zero))
     return jnp.moveaxis(out, 0, 1).reshape(B, parts * nodes, *out.shape[3:])[:, :T]
 
 

@@ -59,6 +59,10 @@ class DraftCost(Protocol):
         """Sizes of tree to move between, rising to ``num_nodes``."""
         ...
 
+    def limited(self, num_nodes: int) -> "DraftCost":
+        """The same on the same state, with the trees of another of its `rungs`."""
+        ...
+
     def work(self, config: LlamaConfig, itemsize: int, batch: int, length: int) -> Work:
         """What drafting costs a step."""
         ...

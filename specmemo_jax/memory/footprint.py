@@ -80,8 +80,7 @@ def footprint(
     batch: int,
     capacity: int,
     chunks: tuple[int, ...],
-    tree_nodes: int,
-    widths: tuple[int, ...] = (1,),
+    rungs: tuple[int, ...] = (1,),
     shards: int = 1,
     kv_dtype: str | None = None,
     score_nodes: int | None = None,
@@ -100,8 +99,7 @@ def footprint(
         batch: B rows.
         capacity: S cache slots a row.
         chunks: prefill widths C.
-        tree_nodes: T, root included.
-        widths: numbers of nodes that one step chooses from while it runs.
+        rungs: sizes of tree that a step is compiled for, 1 (plain decoding) and the drafter's.
         shards: devices that split the target; the drafter is whole on each.
         score_nodes: most nodes whose attention scores exist at once, None for all.
         logit_nodes: most nodes whose logits exist at once, None for all.
@@ -132,9 +130,7 @@ def footprint(
             shards=shards,
             quantized=kv_dtype == "int8",
         )
-        nodes = max(tree_nodes, *widths)
-        found = [_step(base, drafter, nodes, logit_nodes, policy)] if nodes > 1 else []
-        found.append(_step(base, None, 1, None, policy))
+        found = [_step(base, _limited(drafter, nodes), logit_nodes, policy) for nodes in rungs]
         found += [_prefill(base, drafter, width, policy) for width in chunks]
         for program in found:
             known = programs.get(program.name)
@@ -142,14 +138,33 @@ def footprint(
     return Footprint(buffers, tuple(programs.values()), reserve)
 
 
-def _step(
+def _limited(drafter: DraftCost | None, nodes: int) -> DraftCost | None:
+    return None if drafter is None or nodes == 1 else drafter.limited(nodes)
+
+
+def _step(base: Pass, drafter: DraftCost | None, logit_nodes: int | None, policy: str) -> ProgramFootprint:
+    """Draft, verify, accept, commit: what is drafted with has gone when the target runs, and of the widths
+    that one program can verify one runs.
+    """
+    nodes, widths = (1, (1,)) if drafter is None else (drafter.num_nodes, drafter.widths)
+    peaks = [live for width in widths for live in _verify(base, drafter, width, logit_nodes, policy)]
+    if drafter is not None:
+        peaks += drafter.phases(dataclasses.replace(base, nodes=nodes, in_order=_is_chain(drafter)), None)
+    depth = 0 if drafter is None else drafter.max_depth
+    return _program(f"step {nodes}", peaks, _emitted(base.config, base.rows, depth))
+
+
+def _is_chain(drafter: DraftCost | None) -> bool:
+    return drafter is None or bool(getattr(drafter, "is_chain", False))
+
+
+def _verify(
     base: Pass, drafter: DraftCost | None, nodes: int, logit_nodes: int | None, policy: str
-) -> ProgramFootprint:
-    """Draft, verify, accept, commit: what is drafted with has gone when the target runs."""
+) -> list[Live]:
+    """Live sets of verification: attention, products, the commit, and the logits by `Layout`."""
     config, batch = base.config, base.rows
     depth = 0 if drafter is None else drafter.max_depth
-    in_order = nodes == 1 or bool(getattr(drafter, "is_chain", False))
-    verify = dataclasses.replace(base, nodes=nodes, in_order=in_order)
+    verify = dataclasses.replace(base, nodes=nodes, in_order=_is_chain(drafter))
     kv_heads, D = verify.heads[1], config.head_dim
     item = 1 if base.quantized else base.itemsize
     length = D + FULL if base.quantized else D
@@ -157,14 +172,15 @@ def _step(
     peaks = [*attention(verify), *projections(verify), (*kept(verify), path)]
     by_parts = logit_nodes is not None and logit_nodes < nodes
     peaks += head(verify, batch * (logit_nodes if by_parts and logit_nodes else nodes), False, batch)
-    peaks += head(verify, batch * (1 if by_parts else nodes), True, batch)
+    *others, drawing = head(verify, batch * (1 if by_parts else nodes), True, batch)
+    if drafter is not None and len(drafter.widths) > 1:  # the branch that runs gives the seen tokens anew
+        drawing = (*drawing, array("seen tokens of the branch", (batch, config.vocab_size), FULL, "int32"))
+    peaks += (*others, drawing)
     if policy == "unbounded" and drafter is not None:
         leaves = getattr(drafter, "max_leaves", 1)
         paths = array("logits by path", (batch, leaves, depth + 1, config.vocab_size), FULL)
         peaks += [(*live, paths) for live in head(verify, batch * nodes, False, batch)]
-    if drafter is not None:
-        peaks += drafter.phases(verify, None)
-    return _program("step" if nodes > 1 else "plain step", peaks, _emitted(config, batch, depth))
+    return peaks
 
 
 def _prefill(base: Pass, drafter: DraftCost | None, width: int, policy: str) -> ProgramFootprint:
