@@ -29,8 +29,13 @@ def lookahead_phases(draft: Pass, unread: int, shape: Shape) -> tuple[Live, ...]
 
 
 def _choice(p: Pass, rows: int, branches: int) -> tuple[Live, ...]:
-    """The logits of ``rows`` nodes, and what picking the likeliest takes: log probabilities, ids to sort."""
-    scores = array(
-        "logits, ids to sort", (3 if branches > 1 else 1, rows, -(-p.config.vocab_size // p.shards)), FULL
-    )
+    """The logits of ``rows`` nodes, and what picking the likeliest takes: log probabilities, ids to sort on
+    CPU, a copy of the logits where cuBLAS made them or where there is one row, nothing more under Triton.
+    """
+    copies = 1
+    if p.on_cpu:
+        copies = 3 if branches > 1 else 1
+    elif p.backend == "triton" and (rows > 1 or branches == 1):
+        copies = 0
+    scores = array("logits, ids to sort", (copies, rows, -(-p.config.vocab_size // p.shards)), FULL)
     return tuple((*live, scores) for live in head(p, rows, False, rows))

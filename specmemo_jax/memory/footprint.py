@@ -6,6 +6,7 @@ and ``scripts/check_memory_model.py`` holds the sums against the compiler.
 
 import dataclasses
 import functools
+import math
 
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.memory.activations import (
@@ -24,6 +25,8 @@ from specmemo_jax.memory.buffers import Buffer, DraftCost
 WEIGHTS = "target weights"
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 GPU_ALIGNMENT = 256  # bytes to which XLA's and CUDA's allocators round every buffer
+# What a compiler may do otherwise than the theory says: a share of the generation memory, and bytes.
+MARGIN_SHARE, MARGIN_LEAST = 1 / 128, 2**20
 MAX_STOP_IDS = 8
 MAX_BAD_WORDS = (16, 8)  # token sequences a row, and tokens of the longest
 
@@ -135,7 +138,13 @@ def footprint(
         for program in found:
             known = programs.get(program.name)
             programs[program.name] = program if known is None else max(known, program, key=lambda p: p.bytes)
-    return Footprint(buffers, tuple(programs.values()), reserve)
+    kept_bytes = sum(buffer.bytes for buffer in buffers if buffer.name != WEIGHTS)
+    return Footprint(buffers, tuple(_with_margin(p, kept_bytes) for p in programs.values()), reserve)
+
+
+def _with_margin(program: ProgramFootprint, persistent: int) -> ProgramFootprint:
+    margin = math.ceil((persistent + program.bytes) * MARGIN_SHARE) + MARGIN_LEAST
+    return ProgramFootprint(program.name, (*program.terms, Buffer("margin", (), "padding", margin)))
 
 
 def _limited(drafter: DraftCost | None, nodes: int) -> DraftCost | None:
