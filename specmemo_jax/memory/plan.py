@@ -158,14 +158,14 @@ class MemoryPlan:
         """
         return (*self.buffers, *self.footprint.largest.terms)
 
-    def resized(self, drafter: DraftCost | None, batch: int) -> "MemoryPlan":
-        """The same context with another drafter and number of rows."""
+    def resized(self, drafter: DraftCost | None, batch: int, context: int | None = None) -> "MemoryPlan":
+        """The same choice with another drafter, number of rows or context, priced anew."""
         return lay_out(
             self.config,
             dtype=self.dtype,
             platform=self.platform,
             batch=batch,
-            context=self.context,
+            context=self.context if context is None else context,
             drafter=drafter,
             chunks=self.chunks,
             score_nodes=self.score_nodes,

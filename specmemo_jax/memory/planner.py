@@ -214,23 +214,8 @@ def _with_largest_context(plan: MemoryPlan, limit: int) -> MemoryPlan:
     """The same choice with as much context as fits, in steps of `SLOTS`."""
 
     def at(context: int) -> MemoryPlan:
-        wider = lay_out(
-            plan.config,
-            dtype=plan.dtype,
-            platform=plan.platform,
-            batch=plan.batch,
-            context=context,
-            drafter=plan.drafter,
-            chunks=plan.chunks,
-            score_nodes=plan.score_nodes,
-            logit_nodes=plan.logit_nodes,
-            shards=plan.shards,
-            policy=plan.policy,
-            device=plan.device,
-            workload=plan.workload,
-            kv_dtype=plan.kv_dtype,
-        )
-        return dataclasses.replace(wider, expected=plan.expected)
+        wider = plan.resized(plan.drafter, plan.batch, context)
+        return dataclasses.replace(wider, workload=plan.workload, expected=plan.expected)
 
     low, high = plan.context, plan.config.max_context
     best = plan
