@@ -14,6 +14,7 @@ keeps the compiler's figures, and plans that it holds already are priced and not
 import argparse
 import csv
 import dataclasses
+import math
 import os
 import random
 import statistics
@@ -38,7 +39,7 @@ from specmemo_jax.memory.footprint import ProgramFootprint
 from specmemo_jax.memory.plan import SLOTS, MemoryPlan, lay_out
 from specmemo_jax.parallel.sharding import check_shards, model_mesh
 from specmemo_jax.proving import lowerings, place_for
-from specmemo_jax.speculate.programs import Programs
+from specmemo_jax.speculate.programs import Programs, state_shardings
 from specmemo_jax.weights.zoo import zoo_config
 
 TINY = LlamaConfig(
@@ -200,9 +201,10 @@ def check(case: Case, platform: str, every_program: bool) -> Compiled:
     programs = Programs(target, shown.drafter, shown, mesh)
     persistent = persistent_bytes(programs)
     most, hungriest = 0, ""
+    # Sampled programs hold all that greedy ones do, and larger trees most often all that smaller ones do.
+    named = {f"step {case.nodes}", f"prefill {case.chunk}", max(_compiled(shown), key=lambda p: p.bytes).name}
     for name, lower in lowerings(programs):
-        # Sampled programs hold all that greedy ones do, and the largest tree all that smaller ones do.
-        if every_program or name in (f"step {case.nodes}, sampled", f"prefill {case.chunk}, sampled"):
+        if every_program or name in {f"{program}, sampled" for program in named}:
             extra = compiled_memory(programs.compile(lower())).extra
             most, hungriest = max((most, hungriest), (extra, name))
     return Compiled(case.index, persistent + most, hungriest, time.monotonic() - began)
@@ -212,9 +214,13 @@ def persistent_bytes(programs: Programs) -> int:
     """Bytes a device of what the programs keep, the target's weights left out, from their own shapes."""
     state = programs.abstract_state(programs.plan.capacities[-1])
     weights = () if programs.drafter is None else programs.drafter.weight_shapes(programs.target)
-    cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
-    rest = jax.tree.leaves((state.rows, state.draft, weights))
-    return cache // programs.plan.shards + sum(leaf.size * leaf.dtype.itemsize for leaf in rest)
+    leaves = jax.tree.leaves(state)
+    shapes = [leaf.shape for leaf in leaves]
+    if programs.mesh is not None:
+        places = jax.tree.leaves(state_shardings(programs.mesh, state))
+        shapes = [place.shard_shape(leaf.shape) for place, leaf in zip(places, leaves, strict=True)]
+    own = sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(shapes, leaves, strict=True))
+    return own + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
 
 
 def _compiled(plan: MemoryPlan) -> list[ProgramFootprint]:

@@ -29,13 +29,14 @@ def lookahead_phases(draft: Pass, unread: int, shape: Shape) -> tuple[Live, ...]
 
 
 def _choice(p: Pass, rows: int, branches: int) -> tuple[Live, ...]:
-    """The logits of ``rows`` nodes, and what picking the likeliest takes: log probabilities, ids to sort on
-    CPU, a copy of the logits where cuBLAS made them or where there is one row, nothing more under Triton.
+    """The logits of ``rows`` nodes, and what picking the likeliest takes: a copy without nan on CPU, where
+    cuBLAS made them or where there is one row, nothing more under Triton. XLA's CPU backend gathers a split
+    vocabulary for it.
     """
-    copies = 1
-    if p.on_cpu:
-        copies = 3 if branches > 1 else 1
+    copies, columns = 1, -(-p.config.vocab_size // p.shards)
+    if p.on_cpu and branches > 1 and p.shards > 1:
+        copies, columns = 2, p.config.vocab_size
     elif p.backend == "triton" and (rows > 1 or branches == 1):
         copies = 0
-    scores = array("logits, ids to sort", (copies, rows, -(-p.config.vocab_size // p.shards)), FULL)
+    scores = array("logits to choose from", (copies, rows, columns), FULL)
     return tuple((*live, scores) for live in head(p, rows, False, rows))

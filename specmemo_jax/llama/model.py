@@ -107,7 +107,7 @@ def forward(
     (B, T), M = tokens.shape, model.shards
     precision = None if platform == "cpu" else jax.lax.Precision.HIGHEST
     cos, sin = rope_tables(config, positions)
-    x = model.embed_tokens[...][tokens].astype(jnp.float32)
+    x = embed(model, tokens)
     new = []
     for i, (k_cache, v_cache) in enumerate(cache):
         block = model.layers[i]
@@ -136,6 +136,23 @@ def forward(
         x = x + block.self_attn.o_proj(attended, platform)
         x = x + block.mlp(block.post_attention_layernorm(x), platform)
     return model.norm(x), tuple(new)
+
+
+def embed(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T H"]:
+    """The tokens' rows of the embedding table, float32.
+
+    Of a table split by vocabulary every shard looks up its own tokens and the others' rows are zeros,
+    then they are summed (Megatron-LM, arXiv 1909.08053, section 3); XLA's partitioner would otherwise
+    gather the whole table on every device for a long pass.
+    """
+    M, table = model.shards, model.embed_tokens[...]
+    if M == 1:
+        return table[tokens].astype(jnp.float32)
+    V, H = table.shape
+    ids = tokens[None] - (jnp.arange(M) * (V // M))[:, None, None]
+    own = (ids >= 0) & (ids < V // M)
+    found = jax.vmap(lambda rows, ids: rows[ids])(table.reshape(M, V // M, H), jnp.where(own, ids, 0))
+    return jnp.sum(jnp.where(own[..., None], found, 0), axis=0).astype(jnp.float32)
 
 
 def by_parts(function: Callable[..., Array], nodes: int | None, *inputs: Array) -> Array:

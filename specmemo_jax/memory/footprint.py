@@ -183,7 +183,8 @@ def _verify(
     peaks += head(verify, batch * (logit_nodes if by_parts and logit_nodes else nodes), False, batch)
     *others, drawing = head(verify, batch * (1 if by_parts else nodes), True, batch)
     if drafter is not None and len(drafter.widths) > 1:  # the branch that runs gives the seen tokens anew
-        drawing = (*drawing, array("seen tokens of the branch", (batch, config.vocab_size), FULL, "int32"))
+        columns = -(-config.vocab_size // base.shards)
+        drawing = (*drawing, array("seen tokens of the branch", (batch, columns), FULL, "int32"))
     peaks += (*others, drawing)
     if policy == "unbounded" and drafter is not None:
         leaves = getattr(drafter, "max_leaves", 1)
@@ -197,7 +198,7 @@ def _prefill(base: Pass, drafter: DraftCost | None, width: int, policy: str) -> 
     config = base.config
     read = dataclasses.replace(base, rows=1, nodes=width, gathered=base.rows > 1)
     rows = width if policy == "unbounded" else 1
-    seen = array("seen tokens of a row", (config.vocab_size,), FULL, "int32")
+    seen = array("seen tokens of a row", (-(-config.vocab_size // base.shards),), FULL, "int32")
     peaks = [(*live, seen) for live in (*attention(read), *projections(read))]
     peaks += [(*live, seen, seen, seen) for live in head(read, rows, True, 1)]
     drafting = () if drafter is None else drafter.phases(base, width)
@@ -237,7 +238,7 @@ def state(config: LlamaConfig, dtype: str, batch: int, capacity: int, shards: in
     return (
         *cache,
         Buffer("rows", (batch,), "settings", batch * row_bytes()),
-        array("seen tokens", (batch, config.vocab_size), FULL, "int32"),
+        array("seen tokens", (batch, config.vocab_size // shards), FULL, "int32"),
     )
 
 

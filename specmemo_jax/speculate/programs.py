@@ -116,10 +116,7 @@ class Programs:
             mesh, whole = self.mesh, sharding(self.mesh)
             axes = packed_axes(self.target.config, mesh.size)
             leaves = placed(leaves, tuple(sharding(mesh, names) for names in axes))
-            states = dataclasses.replace(
-                jax.tree.map(lambda _: whole, state),
-                cache=jax.tree.map(lambda _: sharding(mesh, kv.KV_AXES), state.cache),
-            )
+            states = state_shardings(mesh, state)
             state, weights, inputs = placed(state, states), placed(weights, whole), placed(inputs, whole)
             outputs = (states, whole)
         jitted = jax.jit(functools.partial(function, *static), donate_argnums=(STATE,), out_shardings=outputs)
@@ -128,6 +125,20 @@ class Programs:
     def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         """With the platform's compiler options."""
         return lowered.compile(compiler_options(self.target.platform))
+
+
+def state_shardings(mesh: Mesh, state: EngineState) -> EngineState:
+    """Where each leaf of ``state`` lies on a ``mesh``: the cache is split by KV heads, the tokens seen by
+    vocabulary as the logits are; the rest, the drafter's included, is whole on every device.
+    """
+    whole = jax.tree.map(lambda _: sharding(mesh), state)
+    seen = sharding(mesh, ("batch", "vocab"))
+    history = dataclasses.replace(whole.rows.history, seen=seen)
+    return EngineState(
+        cache=jax.tree.map(lambda _: sharding(mesh, kv.KV_AXES), state.cache),
+        rows=dataclasses.replace(whole.rows, history=history),
+        draft=whole.draft,
+    )
 
 
 def _scalar() -> jax.ShapeDtypeStruct:
