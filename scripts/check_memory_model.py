@@ -37,8 +37,8 @@ from specmemo_jax.memory.compiled import compiled_memory
 from specmemo_jax.memory.devices import find_device
 from specmemo_jax.memory.footprint import ProgramFootprint
 from specmemo_jax.memory.plan import SLOTS, MemoryPlan, lay_out
-from specmemo_jax.parallel.sharding import check_shards, model_mesh
-from specmemo_jax.proving import lowerings, place_for
+from specmemo_jax.parallel.sharding import check_shards
+from specmemo_jax.proving import lowerings, place_for, programs_for
 from specmemo_jax.speculate.programs import Programs, state_shardings
 from specmemo_jax.weights.zoo import zoo_config
 
@@ -194,11 +194,7 @@ def check(case: Case, platform: str, every_program: bool) -> Compiled:
     began = time.monotonic()
     shown = case.plan(platform, None if case.full else ABRIDGED)
     spec = find_device("cpu" if platform == "cpu" else platform.removeprefix("cuda:"))
-    place = place_for(spec, case.dtype, case.shards)
-    target = abstract_target(shown.config, jnp.dtype(place.dtype), place.platform, case.shards)
-    mesh = None if place.devices is None else model_mesh(place.devices)
-    assert shown.drafter is None or isinstance(shown.drafter, Drafter)
-    programs = Programs(target, shown.drafter, shown, mesh)
+    programs = programs_for(shown, place_for(spec, case.dtype, case.shards))
     persistent = persistent_bytes(programs)
     most, hungriest = 0, ""
     # Sampled programs hold all that greedy ones do, and larger trees most often all that smaller ones do.

@@ -51,17 +51,21 @@ def place_for(spec: DeviceSpec, dtype: str, shards: int = 1) -> Place:
 
 def prove(plan: MemoryPlan, place: Place, progress: Callable[[str], object] = lambda _: None) -> MemoryPlan:
     """The plan with its `Proof`; ``progress`` is told each program's name before it is compiled."""
-    target = abstract_target(plan.config, jnp.dtype(place.dtype), place.platform, plan.shards)
-    assert plan.drafter is None or isinstance(plan.drafter, Drafter)
-    mesh = None if place.devices is None else model_mesh(place.devices)
-    programs = Programs(target, plan.drafter, plan, mesh)
-    extras = []
+    programs, extras = programs_for(plan, place), []
     for name, lower in lowerings(programs):
         progress(name)
         extras.append((name, compiled_memory(programs.compile(lower())).extra))
     persistent = sum(b.bytes for b in plan.buffers) - plan.weights_bytes
     most = max(size for _, size in extras)
     return dataclasses.replace(plan, proof=Proof(place.name, place.dtype, tuple(extras), persistent + most))
+
+
+def programs_for(plan: MemoryPlan, place: Place) -> Programs:
+    """A plan's programs from shapes alone, to be lowered for a place."""
+    target = abstract_target(plan.config, jnp.dtype(place.dtype), place.platform, plan.shards)
+    assert plan.drafter is None or isinstance(plan.drafter, Drafter)
+    mesh = None if place.devices is None else model_mesh(place.devices)
+    return Programs(target, plan.drafter, plan, mesh)
 
 
 def lowerings(programs: Programs) -> Iterator[tuple[str, Callable[[], jax.stages.Lowered]]]:

@@ -120,11 +120,12 @@ def small(p: Pass) -> Buffer:
 
 
 def packing(p: Pass) -> Buffer:
-    """Room that XLA's heap leaves between buffers of different sizes: up to half a residual, and a whole
-    one where a row's cache is copied or a loop runs.
+    """Room that XLA's heap leaves between buffers of different sizes: a residual, and half of one on CPU
+    unless a row's cache is copied or a loop runs.
     """
     size = p.all_nodes * p.config.hidden_size * FULL
-    return Buffer("packing", (), "padding", size if p.gathered or p.parted else size // 2)
+    half = p.on_cpu and not (p.gathered or p.parted)
+    return Buffer("packing", (), "padding", size // 2 if half else size)
 
 
 def workspace(p: Pass) -> Buffer:
