@@ -1,4 +1,4 @@
-"""Random requests for plans: each is refused with a least budget that works, or its proof keeps to its budget.
+"""Random requests for plans: each is refused with a least budget that works, or its proof keeps to it.
 
     python scripts/check_planner.py                        # 1,000 requests on CPU and, described, CUDA GPUs
     python scripts/check_planner.py --devices cpu --jobs 2 # without the plugin that describes CUDA GPUs

@@ -1,7 +1,7 @@
 """The front door: a model, a drafter and a plan behind ``generate``, ``chat`` and ``stream``."""
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specmemo_jax.batch import BatchSummary, run_batch
 from specmemo_jax.compilation import enable_compilation_cache
 from specmemo_jax.draft import Drafter, default_shape, is_model_name
 from specmemo_jax.errors import RequestError
@@ -197,6 +198,51 @@ class LLM:
         job = self._job(prompt, sampling_params or self.get_default_sampling_params(), 0)  # type: ignore[arg-type]
         return TextStream(self._serve([job], burst=1), job)
 
+    def run_batch(
+        self,
+        requests: str | Path,
+        results: str | Path,
+        *,
+        sampling_params: SamplingParams | None = None,
+        seed: int = 0,
+        resume: bool = False,
+        retry_errors: bool = False,
+        unordered: bool = False,
+        served_name: str | None = None,
+        progress: Callable[[BatchSummary], None] | None = None,
+    ) -> BatchSummary:
+        """Answer a JSONL file of requests, row by row into another.
+
+        A line is OpenAI's (``custom_id``, ``method``, ``url``, ``body``), or a body as it is:
+        ``{"prompt": ...}`` or ``{"messages": ...}`` with sampling parameters beside it. Rows are OpenAI's,
+        each appended and flushed as it ends; a line that cannot be answered becomes a row with its error,
+        and the rest goes on. Lines are streamed in and out, so that memory does not grow with them.
+
+        Args:
+            sampling_params: what a line leaves open; None: `get_default_sampling_params`.
+            seed: gives each line without a seed of its own one, by its custom_id or number.
+            resume: go on with what ``results`` holds: no row is lost and none is written twice.
+            retry_errors: as ``resume``, with the rows of errors taken out and asked again.
+            unordered: write rows as they end, not in the lines' order.
+            served_name: what ``model`` in the bodies may say beside the model's own name, and the rows say.
+            progress: called with the counts so far after each row.
+
+        Raises RequestError where the requests cannot be read or the results are of other settings, and
+        `specmemo_jax.sink.OutputError` where rows cannot be written; what was written stays.
+        """
+        return run_batch(
+            self,
+            requests,
+            results,
+            defaults=sampling_params or self.get_default_sampling_params(),
+            seed=seed,
+            resume=resume,
+            retry_errors=retry_errors,
+            unordered=unordered,
+            served_name=served_name,
+            progress=progress,
+        )
+
     def _run(
         self,
         prompts: Sequence[Any],
@@ -216,12 +262,14 @@ class LLM:
                     progress(job.output)
         return [job.output for job in jobs if job.output is not None]
 
-    def _serve(self, jobs: Sequence[Job], burst: int = 8) -> Generator[Job, None, None]:
+    def _serve(
+        self, jobs: Iterable[Job], burst: int = 8, ahead: int | None = None
+    ) -> Generator[Job, None, None]:
         """`serve`; a call that fails may have eaten its donated buffers, so the next starts afresh."""
         if any(row is not None for row in self.engine.rows):
             raise RequestError("another call is still running; its end, or closing its stream, would work")
         try:
-            with contextlib.closing(serve(self.engine, jobs, burst)) as running:
+            with contextlib.closing(serve(self.engine, jobs, burst, ahead)) as running:
                 yield from running
         except GeneratorExit:
             raise

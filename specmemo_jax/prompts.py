@@ -179,17 +179,28 @@ def _from_turns(value: Any, place: str) -> dict[str, Any]:
 
 
 def _from_prompt(value: Any, place: str) -> dict[str, Any]:
+    prompt = check_prompt(value, place)
+    return {"text": prompt} if isinstance(prompt, str) else {"token_ids": prompt}
+
+
+def _from_messages(value: Any, place: str) -> dict[str, Any]:
+    return {"messages": check_messages(value, place)}
+
+
+def check_prompt(value: Any, place: str) -> str | tuple[int, ...]:
+    """A text or token ids as a line has them. Raises RequestError, naming the place."""
     if not isinstance(value, list):
-        return {"text": _text(value, place)}
+        return _text(value, place)
     if not value:
         raise RequestError(f"{place}: the prompt is empty; at least one token id is needed")
     for token in value:
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
             raise RequestError(f"{place}: the prompt holds {token!r}; a text, or token ids (integers) work")
-    return {"token_ids": tuple(value)}
+    return tuple(value)
 
 
-def _from_messages(value: Any, place: str) -> dict[str, Any]:
+def check_messages(value: Any, place: str) -> tuple[dict[str, str], ...]:
+    """A conversation that ends with a question, as a line has it. Raises RequestError, naming the place."""
     if not isinstance(value, list) or not value:
         raise RequestError(f'{place}: "messages" must be a list of messages, found {_kind(value)}')
     messages = []
@@ -202,7 +213,7 @@ def _from_messages(value: Any, place: str) -> dict[str, Any]:
         messages.append({"role": message["role"], "content": _text(message.get("content"), where)})
     if messages[-1]["role"] == "assistant":
         raise RequestError(f"{place}: the last message is an assistant's; a user's at the end works")
-    return {"messages": tuple(messages)}
+    return tuple(messages)
 
 
 def _text(value: Any, place: str) -> str:

@@ -4,7 +4,8 @@ import dataclasses
 import time
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from itertools import islice
 
 import jax
 import numpy as np
@@ -79,22 +80,29 @@ class Job:
 Waiting = tuple[Job, RowLog | None]
 
 
-def serve(engine: Engine, jobs: Sequence[Job], burst: int = 8) -> Generator[Job, None, None]:
+def serve(
+    engine: Engine, jobs: Iterable[Job], burst: int = 8, ahead: int | None = None
+) -> Generator[Job, None, None]:
     """Run all ``jobs``, in as many rows as the plan has; yields a job whenever its answer has grown.
 
-    It has ended where its ``output`` is set, and comes no more. Where the device runs out of memory
-    all the same, something is given up (`specmemo_jax.speculate.recovery`), said in a
-    CapacityWarning, and what was decoding goes on from its ids. Closing the iterator early ends
-    the live ones with the reason ``"abort"`` and frees their rows.
+    It has ended where its ``output`` is set, and comes no more. ``jobs`` are taken as they are needed,
+    with ``ahead`` of them waiting (None: all at once, so that what they need is compiled before the
+    first starts). Where the device runs out of memory all the same, something is given up
+    (`specmemo_jax.speculate.recovery`), said in a CapacityWarning, and what was decoding goes on from
+    its ids. Closing the iterator early ends the live ones with the reason ``"abort"`` and frees their rows.
     """
-    waiting: deque[Waiting] = deque((job, None) for job in jobs)
+    coming, waiting = iter(jobs), deque[Waiting]()
     slots: list[Job | None] = [None] * engine.plan.batch
     prepared = False
     try:
-        while waiting or any(slots):
+        while True:
+            wanted = None if ahead is None else max(0, ahead - len(waiting))
+            waiting.extend((job, None) for job in islice(coming, wanted))
+            if not waiting and not any(slots):
+                return
             try:
                 if not prepared:
-                    engine.prepare([job.request for job in jobs])
+                    engine.prepare([job.request for job, _ in waiting])
                     prepared = True
                 _fill(engine, slots, waiting)
                 engine.burst(burst)

@@ -13,11 +13,11 @@ from specmemo_jax.chat import ChatSession, ChatStream
 from specmemo_jax.chat_stats import ChatStats
 from specmemo_jax.cli.chat_input import Reader, Said
 from specmemo_jax.cli.failures import describe
-from specmemo_jax.cli.sink import Sink
 from specmemo_jax.cli.streaming import _stripped
 from specmemo_jax.errors import RequestError, SpecMemoError
 from specmemo_jax.outputs import RequestOutput
 from specmemo_jax.sampling_params import SamplingParams
+from specmemo_jax.sink import Sink
 
 HELP = '''\
 /help          this list

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from specmemo_jax import __version__
-from specmemo_jax.cli import calibrate, chat, generate, models, plan
+from specmemo_jax.cli import batch, calibrate, chat, generate, models, plan
 from specmemo_jax.cli.failures import OneLineErrors, quiet_libraries
 from specmemo_jax.cli.help import GroupedHelp
 
@@ -18,6 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("generate", cls=GroupedHelp, epilog=generate.EPILOG)(generate.generate)
+app.command("batch", cls=GroupedHelp, epilog=batch.EPILOG)(batch.batch)
 app.command("chat", cls=GroupedHelp, epilog=chat.EPILOG)(chat.chat)
 app.command("plan", cls=plan.PlanCommand, epilog=plan.EPILOG)(plan.plan)
 app.command("calibrate", cls=GroupedHelp, epilog=calibrate.EPILOG)(calibrate.calibrate)

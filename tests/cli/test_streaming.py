@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from specmemo_jax.cli.main import app
-from specmemo_jax.cli.sink import Sink
 from specmemo_jax.cli.streaming import _stripped
+from specmemo_jax.sink import Sink
 
 
 def run(model, *arguments):

@@ -1,5 +1,6 @@
 """Where answers are written: whole rows, each on disk before the next one starts."""
 
+import fcntl
 import os
 import signal
 import stat
@@ -24,15 +25,18 @@ class Sink:
     The file is opened at once, so that a bad path is refused before any work, and an
     existing one is emptied only by the first row. A row that does not fit on the disk
     is taken back, so that every line stays whole. Pieces of a row that an error or Ctrl-C
-    cut short stay, and the line ends after them.
+    cut short stay, and the line ends after them. ``append``: what an existing file holds stays.
+    ``advice``: what works where the disk is full, for the error.
     """
 
-    def __init__(self, path: str | None):
+    def __init__(
+        self, path: str | None, append: bool = False, advice: str = "free space or another --output works"
+    ):
         self.rows = 0
         self.path = None if path in (None, "-") else Path(str(path)).expanduser()
         self.name = "standard output" if self.path is None else str(self.path)
         self._is_new = self.path is not None and not self.path.exists()
-        self._is_emptied = self._is_in_line = False
+        self._advice, self._is_emptied, self._is_in_line = advice, append, False
         self._stream = self._open()
 
     def _open(self) -> Any:
@@ -49,6 +53,13 @@ class Sink:
     def is_terminal(self) -> bool:
         """Whether a person reads the rows as they come."""
         return self.path is None and sys.stdout.isatty()
+
+    def lock(self) -> None:
+        """Keep other locking sinks off the file. Raises OutputError where one has it."""
+        try:
+            fcntl.flock(self._stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"another run is writing {self.name}; its end works") from error
 
     def write(self, row: str) -> None:
         """Write and flush one row, newline included, whole also when Ctrl-C comes meanwhile.
@@ -71,7 +82,7 @@ class Sink:
         except OSError as error:
             raise OutputError(
                 f"cannot write to {self.name}: {error.strerror}; {self.rows} answers are there, "
-                "free space or another --output works"
+                + self._advice
             ) from error
 
     def _write(self, data: bytes) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from specmemo_jax.cli.sink import OutputError, Sink
+from specmemo_jax.sink import OutputError, Sink
 
 
 def test_rows_are_on_disk_at_once_and_replace_an_older_file(tmp_path):

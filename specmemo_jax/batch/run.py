@@ -1,0 +1,186 @@
+"""One batch from file to file: rows are appended as they end, and a later run takes up from there."""
+
+import contextlib
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from specmemo_jax.batch.lines import Line, LineError, read_lines
+from specmemo_jax.batch.results import answer_row, drop_errors, error_row, fingerprint, rows_done
+from specmemo_jax.errors import CapacityError, RequestError
+from specmemo_jax.outputs import RequestOutput
+from specmemo_jax.sampling_params import SamplingParams
+from specmemo_jax.serve import Job
+from specmemo_jax.sink import OutputError, Sink
+
+if TYPE_CHECKING:
+    from specmemo_jax.llm import LLM
+
+AHEAD = 64  # jobs a row of the engine that wait, so that what they need is compiled together
+
+
+@dataclasses.dataclass
+class BatchSummary:
+    """Counts of a run: lines answered, lines that became errors, and lines an earlier run had done."""
+
+    answered: int = 0
+    errors: int = 0
+    found_done: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    steps: int = 0
+    step_tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def rows(self) -> int:
+        """Rows that this run wrote."""
+        return self.answered + self.errors
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens a row a target pass; 1.0 without any."""
+        return self.step_tokens / self.steps if self.steps else 1.0
+
+    def count(self, output: RequestOutput) -> None:
+        """Add an answer."""
+        self.answered += 1
+        self.prompt_tokens += len(output.prompt_token_ids)
+        self.new_tokens += len(output.outputs[0].token_ids)
+        self.steps += output.metrics.steps
+        self.step_tokens += sum(output.metrics.accepted_lengths)
+
+
+Progress = Callable[[BatchSummary], None]
+
+
+def run_batch(
+    llm: "LLM",
+    requests: str | Path,
+    results: str | Path,
+    *,
+    defaults: SamplingParams,
+    seed: int = 0,
+    resume: bool = False,
+    retry_errors: bool = False,
+    unordered: bool = False,
+    served_name: str | None = None,
+    progress: Progress | None = None,
+) -> BatchSummary:
+    """See `specmemo_jax.LLM.run_batch`."""
+    source, path = Path(requests), Path(results)
+    if source.exists() and path.exists() and source.samefile(path):
+        raise RequestError(f"{path} is the requests' own file; another output works")
+    model = served_name or llm.name
+    numbers = {k: float(v) if isinstance(v, int) else v for k, v in dataclasses.asdict(defaults).items()}
+    settings = {
+        "model": (Path(llm.name).name, dataclasses.asdict(llm.config), llm.plan.dtype, llm.plan.kv_dtype),
+        "sampling": numbers,
+        "seed": seed,
+    }
+    run = _Run(llm, model, fingerprint(settings), seed, progress)
+    run.lines = read_lines(source, frozenset((model, llm.name)), defaults)
+    first = next(run.lines, None)  # a file that cannot be read is refused before the output is touched
+    if path.is_file() and path.stat().st_size and not (resume or retry_errors):
+        raise OutputError(f"{path} holds rows already; --resume goes on with it, another output starts anew")
+    advice = "free space and --resume work"
+    if retry_errors and path.is_file():
+        with Sink(str(path), append=True, advice=advice) as sink:
+            sink.lock()
+            rows_done(path, run.settings)
+            drop_errors(path)
+    with Sink(str(path), append=True, advice=advice) as sink:
+        sink.lock()
+        if path.is_file():
+            run.done = rows_done(path, run.settings)
+        if first is not None:
+            run(first, _Writer(sink, unordered))
+    return run.summary
+
+
+class _Writer:
+    """Rows by their place among the lines to do: as they come, or each when all before it are written."""
+
+    def __init__(self, sink: Sink, unordered: bool):
+        self._sink, self._unordered = sink, unordered
+        self._next, self._early = 0, dict[int, str]()
+
+    def write(self, place: int, row: str) -> None:
+        if self._unordered:
+            self._sink.write(row)
+            return
+        self._early[place] = row
+        while self._next in self._early:
+            self._sink.write(self._early[self._next])
+            del self._early[self._next]
+            self._next += 1
+
+
+class _Run:
+    """The lines of one run on their way through the engine."""
+
+    def __init__(self, llm: "LLM", model: str, settings: str, seed: int, progress: Progress | None):
+        self.llm, self.model, self.settings, self.seed = llm, model, settings, seed
+        self.summary, self.progress = BatchSummary(), progress or (lambda _: None)
+        self.done: set[str] = set()
+        self.lines: Iterator[Line] = iter(())
+        self._open: dict[int, tuple[int, Line]] = {}
+
+    def __call__(self, first: Line, writer: _Writer) -> None:
+        began = time.perf_counter()
+        ahead = AHEAD * self.llm.plan.batch
+        with contextlib.closing(self.llm._serve(self._jobs(first, writer), ahead=ahead)) as running:
+            for job in running:
+                if job.output is None:
+                    continue
+                place, line = self._open.pop(int(job.id))
+                writer.write(place, answer_row(line, job.output, self.model, self.settings))
+                self.summary.count(job.output)
+                self.summary.seconds = time.perf_counter() - began
+                self.progress(self.summary)
+        self.summary.seconds = time.perf_counter() - began
+
+    def _jobs(self, first: Line, writer: _Writer) -> Iterator[Job]:
+        """What the engine takes; a line that it cannot take is a row at once."""
+        place = 0
+        for line in self._all(first):
+            if line.key in self.done:
+                self.summary.found_done += 1
+                continue
+            try:
+                job = self._job(line)
+            except (RequestError, CapacityError) as error:
+                found = error if isinstance(error, LineError) else LineError(str(error))
+                writer.write(place, error_row(line, found, self.settings))
+                self.summary.errors += 1
+                self.progress(self.summary)
+            else:
+                self._open[line.number] = place, line
+                yield job
+            place += 1
+
+    def _all(self, first: Line) -> Iterator[Line]:
+        yield first
+        yield from self.lines
+
+    def _job(self, line: Line) -> Job:
+        if line.error is not None:
+            raise line.error
+        params, prompt = line.params, line.prompt
+        assert params is not None
+        if params.seed is None and not params.is_greedy:
+            # By the line and not by its turn, so that a run that was resumed says the same.
+            digest = hashlib.sha256(f"{self.seed}/{line.key}".encode()).digest()
+            params = dataclasses.replace(params, seed=int.from_bytes(digest[:8], "big"))
+        if line.messages is not None:
+            prompt = tuple(self.llm._require_tokenizer().chat_ids(line.messages))
+        assert prompt is not None
+        if isinstance(prompt, str):
+            prompt = tuple(self.llm._ids(prompt, line.number))
+        if not line.has_limit and params.max_tokens is not None:
+            room = max(self.llm.plan.context - len(prompt), 1)
+            params = dataclasses.replace(params, max_tokens=min(params.max_tokens, room))
+        return self.llm._job(prompt, params, line.number)
