@@ -1,0 +1,121 @@
+"""Tokens a second against batch size, plain and speculative; and what refilling rows of mixed lengths costs.
+
+    python scripts/bench_batch.py                              # batch 1 to 32, 40 bundled MT-Bench prompts
+    python scripts/bench_batch.py --batches 1,10 --drafter self:6
+    python scripts/bench_batch.py --refill --batches 8         # 200 rows of mixed lengths against equal ones
+
+One run; for each batch size both engines answer the same rows, a round of one and then of the other, more
+rows than the batch holds, so that finished rows are refilled. Speeds count the answers' tokens over the whole
+time, prefill included. Trees move as they pay (adaptive), as a user has them.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from specmemo_jax import LLM, RequestOutput, SamplingParams
+
+BUNDLED = Path(__file__).parent.parent / "tests" / "data" / "mt_bench_reference.jsonl"
+
+
+def main() -> int:
+    """Measure and print; 1 if a token differs or speculation loses more than 2%."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--drafter", default="ngram")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batches", default="1,2,4,8,10,16,32")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--max-context", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--refill", action="store_true")
+    options = parser.parse_args()
+    prompts = [json.loads(line)["prompt_ids"] for line in BUNDLED.read_text(encoding="utf-8").splitlines()]
+    room = options.max_context - options.new_tokens
+    prompts = [ids for ids in prompts if len(ids) <= room]
+    batches = [int(text) for text in options.batches.split(",")]
+    return (refilled if options.refill else compared)(options, prompts, batches)
+
+
+def engine(options: argparse.Namespace, batch: int, drafter: str | None) -> LLM:
+    """One of the two, planned for the batch."""
+    return LLM(
+        options.model, drafter=drafter, dtype=options.dtype, max_batch=batch,
+        max_context=options.max_context, new_tokens=options.new_tokens,
+    )  # fmt: skip
+
+
+def timed(llm: LLM, prompts: list, params: list[SamplingParams]) -> tuple[float, list[RequestOutput]]:
+    """Tokens a second of one call, and its answers."""
+    began = time.perf_counter()
+    outputs = llm.generate(prompts, params)
+    seconds = time.perf_counter() - began
+    return sum(len(output.outputs[0].token_ids) for output in outputs) / seconds, outputs
+
+
+def compared(options: argparse.Namespace, prompts: list, batches: list[int]) -> int:
+    """The table over batch sizes."""
+    params, first, lost = SamplingParams(temperature=0, max_tokens=options.new_tokens), {}, 0
+    print(
+        f"{'batch':>5}{'plain':>9}{'specul.':>9}{'ratio':>7}{'accepted':>10}{'mean tree':>10}  over batch 1"
+    )
+    for batch in batches:
+        rows = [prompts[n % len(prompts)] for n in range(max(8, 2 * batch))]
+        speeds: dict[str, list[float]] = {"plain": [], "speculative": []}
+        steps, tokens, nodes, answers = 0, 0, 0, {}
+        with engine(options, batch, None) as plain, engine(options, batch, options.drafter) as speculative:
+            both = (("plain", plain), ("speculative", speculative))
+            for number in range(options.rounds + 1):  # the first compiles, and finds the trees
+                for name, llm in both if number % 2 else both[::-1]:
+                    speed, outputs = timed(llm, rows, [params] * len(rows))
+                    answers[name] = [output.outputs[0].token_ids for output in outputs]
+                    if number:
+                        speeds[name].append(speed)
+                    if number and name == "speculative":
+                        steps += sum(output.metrics.steps for output in outputs)
+                        tokens += sum(sum(output.metrics.accepted_lengths) for output in outputs)
+                        nodes += sum(sum(output.metrics.tree_nodes) for output in outputs)
+        best = {name: statistics.median(found) for name, found in speeds.items()}
+        ratio = statistics.median(s / p for s, p in zip(speeds["speculative"], speeds["plain"], strict=True))
+        first = first or best
+        over = ", ".join(f"{best[name] / first[name]:.2f}x {name}" for name in best)
+        print(
+            f"{batch:>5}{best['plain']:>9.1f}{best['speculative']:>9.1f}{ratio:>7.2f}{tokens / steps:>10.2f}"
+            f"{nodes / steps:>10.1f}  {over}",
+            flush=True,
+        )
+        different = sum(a != b for a, b in zip(answers["plain"], answers["speculative"], strict=True))
+        lost += ratio < 0.98 or (different > 0 and options.dtype == "float32")
+        if different:
+            print(f"      {different} of {len(rows)} answers differ")
+    return int(lost > 0)
+
+
+def refilled(options: argparse.Namespace, prompts: list, batches: list[int]) -> int:
+    """200 rows whose answers' lengths differ, and the same tokens in rows of one length."""
+    rows = [prompts[n % len(prompts)] for n in range(200)]
+    lengths = [4 + (n * 37) % (2 * options.new_tokens - 8) for n in range(200)]
+    equal = [sum(lengths) // 200 + (n < sum(lengths) % 200) for n in range(200)]
+    for batch in batches:
+        with engine(options, batch, options.drafter) as llm:
+            speeds: dict[str, list[float]] = {"mixed": [], "equal": []}
+            for number in range(options.rounds + 1):
+                for name, most in (("mixed", lengths), ("equal", equal)):
+                    asked = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in most]
+                    speed, _ = timed(llm, rows, asked)
+                    if number:
+                        speeds[name].append(speed)
+        ratio = statistics.median(m / e for m, e in zip(speeds["mixed"], speeds["equal"], strict=True))
+        print(
+            f"batch {batch}: mixed lengths {statistics.median(speeds['mixed']):.1f} tok/s, equal "
+            f"{statistics.median(speeds['equal']):.1f}, ratio {ratio:.3f}",
+            flush=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
