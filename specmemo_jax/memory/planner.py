@@ -201,7 +201,8 @@ def _rereading(plan: MemoryPlan, nodes: int, slots: int, rows: int | None = None
     """Reading the cache and the head once more for each further part of a pass."""
     config, item = plan.config, jnp.dtype(plan.dtype).itemsize
     B = plan.batch if rows is None else rows
-    cache = 2 * config.num_layers * B * config.num_kv_heads * slots * config.head_dim * item
+    vector = config.head_dim + 4 if plan.kv_dtype == "int8" else config.head_dim * item  # int8 has a scale
+    cache = 2 * config.num_layers * B * config.num_kv_heads * slots * vector
     again = 0.0
     if plan.score_nodes is not None:
         again += (math.ceil(nodes / plan.score_nodes) - 1) * cache
