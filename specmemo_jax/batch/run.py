@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,24 +82,22 @@ def run_batch(
         "sampling": numbers,
         "seed": seed,
     }
-    run = _Run(llm, model, fingerprint(settings), seed, progress)
-    run.lines = read_lines(source, frozenset((model, llm.name)), defaults)
-    first = next(run.lines, None)  # a file that cannot be read is refused before the output is touched
+    mark = fingerprint(settings)
+    lines = read_lines(source, frozenset((model, llm.name)), defaults)
+    first = list(islice(lines, 1))  # a file that cannot be read is refused before the output is touched
     if path.is_file() and path.stat().st_size and not (resume or retry_errors):
         raise OutputError(f"{path} holds rows already; --resume goes on with it, another output starts anew")
     advice = "free space and --resume work"
     if retry_errors and path.is_file():
         with Sink(str(path), append=True, advice=advice) as sink:
             sink.lock()
-            rows_done(path, run.settings)
+            rows_done(path, mark)
             drop_errors(path)
     with Sink(str(path), append=True, advice=advice) as sink:
         sink.lock()
-        if path.is_file():
-            run.done = rows_done(path, run.settings)
-        if first is not None:
-            run(first, _Writer(sink, unordered))
-    return run.summary
+        done = rows_done(path, mark) if path.is_file() else set()
+        run = _Run(llm, model, mark, seed, done, _Writer(sink, unordered), progress or (lambda _: None))
+        return run.answer(chain(first, lines))
 
 
 class _Writer:
@@ -122,31 +121,41 @@ class _Writer:
 class _Run:
     """The lines of one run on their way through the engine."""
 
-    def __init__(self, llm: "LLM", model: str, settings: str, seed: int, progress: Progress | None):
+    def __init__(
+        self,
+        llm: "LLM",
+        model: str,
+        settings: str,
+        seed: int,
+        done: Container[str],
+        writer: _Writer,
+        progress: Progress,
+    ):
         self.llm, self.model, self.settings, self.seed = llm, model, settings, seed
-        self.summary, self.progress = BatchSummary(), progress or (lambda _: None)
-        self.done: set[str] = set()
-        self.lines: Iterator[Line] = iter(())
-        self._open: dict[int, tuple[int, Line]] = {}
+        self.done, self.writer, self.progress = done, writer, progress
+        self.summary = BatchSummary()
+        self._open: dict[int, tuple[int, Line]] = {}  # lines in the engine, by number, and their places
 
-    def __call__(self, first: Line, writer: _Writer) -> None:
+    def answer(self, lines: Iterable[Line]) -> BatchSummary:
+        """Write a row for each line that is not done."""
         began = time.perf_counter()
         ahead = AHEAD * self.llm.plan.batch
-        with contextlib.closing(self.llm._serve(self._jobs(first, writer), ahead=ahead)) as running:
+        with contextlib.closing(self.llm._serve(self._jobs(lines), ahead=ahead)) as running:
             for job in running:
                 if job.output is None:
                     continue
                 place, line = self._open.pop(int(job.id))
-                writer.write(place, answer_row(line, job.output, self.model, self.settings))
+                self.writer.write(place, answer_row(line, job.output, self.model, self.settings))
                 self.summary.count(job.output)
                 self.summary.seconds = time.perf_counter() - began
                 self.progress(self.summary)
         self.summary.seconds = time.perf_counter() - began
+        return self.summary
 
-    def _jobs(self, first: Line, writer: _Writer) -> Iterator[Job]:
+    def _jobs(self, lines: Iterable[Line]) -> Iterator[Job]:
         """What the engine takes; a line that it cannot take is a row at once."""
         place = 0
-        for line in self._all(first):
+        for line in lines:
             if line.key in self.done:
                 self.summary.found_done += 1
                 continue
@@ -154,17 +163,13 @@ class _Run:
                 job = self._job(line)
             except (RequestError, CapacityError) as error:
                 found = error if isinstance(error, LineError) else LineError(str(error))
-                writer.write(place, error_row(line, found, self.settings))
+                self.writer.write(place, error_row(line, found, self.settings))
                 self.summary.errors += 1
                 self.progress(self.summary)
             else:
                 self._open[line.number] = place, line
                 yield job
             place += 1
-
-    def _all(self, first: Line) -> Iterator[Line]:
-        yield first
-        yield from self.lines
 
     def _job(self, line: Line) -> Job:
         if line.error is not None:
