@@ -182,9 +182,9 @@ def _verify(
     by_parts = logit_nodes is not None and logit_nodes < nodes
     peaks += head(verify, batch * (logit_nodes if by_parts and logit_nodes else nodes), False, batch)
     *others, drawing = head(verify, batch * (1 if by_parts else nodes), True, batch)
-    if drafter is not None and len(drafter.widths) > 1:  # the branch that runs gives the seen tokens anew
+    if drafter is not None and len(drafter.widths) > 1:  # the branch that runs updates a copy, and copies it
         columns = -(-config.vocab_size // base.shards)
-        drawing = (*drawing, array("seen tokens of the branch", (batch, columns), FULL, "int32"))
+        drawing = (*drawing, array("seen tokens of the branch", (2, batch, columns), FULL, "int32"))
     peaks += (*others, drawing)
     if policy == "unbounded" and drafter is not None:
         leaves = getattr(drafter, "max_leaves", 1)
