@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,11 @@ from specmemo_jax.errors import CapacityError, ConfigError
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.memory.budget import parse_bytes
 from specmemo_jax.memory.compiled import compiled_memory
+from specmemo_jax.memory.devices import find_device
 from specmemo_jax.memory.plan import lay_out, make_plan
+from specmemo_jax.proving import place_for, programs_for
 from specmemo_jax.speculate.engine import Engine
+from specmemo_jax.speculate.programs import state_shardings
 from specmemo_jax.testing import TINY, tiny_llama
 
 F32 = jnp.dtype("float32")
@@ -74,6 +78,31 @@ def test_plan_against_the_compiler(name, batch, dtype, kv_dtype):
             figures = compiled_memory(program)
             assert figures.aliased >= state_bytes
             assert figures.peak <= plan.peak_bytes
+
+
+def test_a_mesh_holds_its_share_of_the_vocabulary():
+    """The tokens seen are split by vocabulary, as the logits are; what the programs need is in the plan."""
+    config = dataclasses.replace(TINY, vocab_size=2**17, hidden_size=32, num_heads=8, num_kv_heads=8)
+    drafter, batch = NgramDrafter(4), 4
+    plan = lay_out(
+        config, dtype="float32", platform="cpu", batch=batch, context=200, drafter=drafter, shards=8
+    )
+    programs = programs_for(plan, place_for(find_device("cpu"), "float32", 8))
+    state = programs.abstract_state(plan.capacities[-1])
+    assert programs.mesh is not None
+    kept = [
+        place.shard_shape(leaf.shape)
+        for place, leaf in zip(
+            jax.tree.leaves(state_shardings(programs.mesh, state)), jax.tree.leaves(state), strict=True
+        )
+    ]
+    assert 4 * sum(map(math.prod, kept)) == pytest.approx(
+        sum(buffer.bytes for buffer in plan.buffers) - plan.weights_bytes, abs=256
+    )
+    assert (batch, 2**14) in kept
+    for lower in (programs.prefill(plan.capacities[-1], 128, True), programs.step(plan.capacities[-1], True)):
+        figures = compiled_memory(programs.compile(lower))
+        assert figures.extra <= plan.footprint.largest.bytes
 
 
 def test_shapes_are_the_plans():
