@@ -112,7 +112,7 @@ def refusal_errors(planning: Planning, budget: int, refusal: BudgetError) -> lis
     """What is wrong with a refusal of ``budget``."""
     least, wrong = refusal.least_budget, []
     memory = planning.task.device.memory_bytes
-    if least <= min(budget, memory):
+    if least <= budget <= memory:  # a budget beyond the device is refused for that
         wrong.append(f"refused {budget} and names {least}")
     if least <= memory and not isinstance(attempt(planning, least), MemoryPlan):
         wrong.append(f"no plan at the least budget {least}")
