@@ -101,6 +101,8 @@ def batch(
     ):
 
         def show(summary: "BatchSummary") -> None:
+            if bar.disable:
+                return
             bar.update(summary.rows + summary.found_done - bar.n)
             bar.set_postfix_str(_speeds(summary, llm.engine.live_generation_bytes, llm.plan.generation_bytes))
 
