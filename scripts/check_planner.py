@@ -142,7 +142,7 @@ def main() -> int:
     began = _begin, (options.devices,)
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), *began) as pool:
         futures = [pool.submit(answer, number, options) for number in range(options.requests)]
-        for future in tqdm(futures, disable=None, leave=False):
+        for future in tqdm(futures, leave=False, mininterval=0.5 if sys.stderr.isatty() else 60):
             try:
                 outcome = future.result(max(0.0, deadline - time.monotonic()))
             except TooLong:
@@ -150,6 +150,8 @@ def main() -> int:
                 break
             outcomes[outcome.kind] += 1
             failures += outcome.wrong
+            for failure in outcome.wrong:
+                tqdm.write(failure)
             if outcome.over is not None:
                 over.append(outcome.over)
     counts = ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items()))
@@ -157,7 +159,6 @@ def main() -> int:
     if over:
         middle = f"median {statistics.median(over):.2%}, most {max(over):.1%}"
         print(f"{len(over)} proofs: the plan's peak over the compiler's: least {min(over):.2%}, {middle}")
-    print("\n".join(failures))
     return int(bool(failures) or sum(outcomes.values()) < options.requests)
 
 

@@ -24,6 +24,9 @@ from specmemo_jax.memory.plan import PREFILL_CHUNKS
 from specmemo_jax.speculate.tree import Tree
 
 
+TILE = 8  # slots that a tensor core reads at once
+
+
 class _Drafted(Drafter):
     """What both drafters are: trees of one `Shape`, always filled."""
 
@@ -60,7 +63,7 @@ class _Drafted(Drafter):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DraftState:
-    """``cache``: the draft's own, ``[B, K, S + depth, D]`` a layer; ``known`` ``[B]``: positions it
+    """``cache``: the draft's own, ``[B, K, slots(S), D]`` a layer; ``known`` ``[B]``: positions it
     holds of each row; ``unread`` ``[B, depth]``: committed tokens after those.
     """
 
@@ -130,10 +133,14 @@ class DraftModel(_Drafted):
         """U: the most committed tokens that wait to be read."""
         return self.max_depth if self.room is None else self.room
 
+    def slots(self, capacity: int) -> int:
+        """Of a row's own cache, whole tiles: cuBLAS would have XLA pad a copy of every layer."""
+        return -(-(capacity + self.levels) // TILE) * TILE
+
     def init(self, batch: int, capacity: int) -> State:
-        """An empty cache; ``depth`` slots more, for the last prompt chunk with what was unread before it."""
+        """An empty cache with room for the last prompt chunk with what was unread before it."""
         config = self.config
-        shape = (batch, config.num_kv_heads, capacity + self.levels, config.head_dim)
+        shape = (batch, config.num_kv_heads, self.slots(capacity), config.head_dim)
         return DraftState(
             cache=kv.init_cache(config.num_layers, shape, jnp.dtype(self.dtype)),
             known=jnp.zeros((batch,), jnp.int32),
@@ -142,7 +149,7 @@ class DraftModel(_Drafted):
 
     def grow(self, state: State, capacity: int) -> State:
         """Pad the cache."""
-        return dataclasses.replace(state, cache=kv.grow(state.cache, capacity + self.levels))
+        return dataclasses.replace(state, cache=kv.grow(state.cache, self.slots(capacity)))
 
     def buffers(self, batch: int, capacity: int) -> tuple[Buffer, ...]:
         """Weights, cache and the unread tokens."""
@@ -152,7 +159,7 @@ class DraftModel(_Drafted):
             2,
             batch,
             config.num_kv_heads,
-            capacity + self.levels,
+            self.slots(capacity),
             config.head_dim,
         )
         return (
@@ -167,7 +174,7 @@ class DraftModel(_Drafted):
             target,
             config=self.config,
             itemsize=jnp.dtype(self.dtype).itemsize,
-            slots=target.slots + self.levels,
+            slots=self.slots(target.slots),
             shards=1,
             layers=None,
             seen=None,
