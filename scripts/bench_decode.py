@@ -271,7 +271,7 @@ def memory_table(target: Target, options: argparse.Namespace) -> None:
         ((_, engine),) = engines(target, batch, capacity, [16])
         figures = compiled_memory(engine.step_program(capacity))
         state = engine.programs.abstract_state(capacity)
-        cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
+        cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.caches))
         print(
             f"B={batch}  cache {cache / 2**20:.1f}, aliased {figures.aliased / 2**20:.1f}, "
             f"temporaries {figures.temporaries / 2**20:.1f}, code {figures.code / 2**20:.1f}, "

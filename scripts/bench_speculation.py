@@ -142,7 +142,7 @@ def _stepper(engine: Engine, prompt: list[int], fields: dict[str, Any]) -> Any:
     changed = {name: jnp.full_like(getattr(settings.sampling, name), value) for name, value in fields.items()}
     settings = dataclasses.replace(settings, sampling=dataclasses.replace(settings.sampling, **changed))
     state = dataclasses.replace(state, rows=dataclasses.replace(state.rows, settings=settings))
-    step = engine.step_program(capacity_of(state.cache), bool(fields))
+    step = engine.step_program(capacity_of(state.caches), bool(fields))
     held = [state]
 
     def run() -> float:

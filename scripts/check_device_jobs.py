@@ -175,7 +175,7 @@ def logit_gap(target: Target, prompt: Sequence[int], want: Sequence[int], got: S
         causal = jnp.tril(jnp.ones((1, length, length), bool))
         hidden, _ = forward(
             model,
-            cache,
+            (cache,),
             tokens,
             jnp.arange(length)[None, :],
             causal,

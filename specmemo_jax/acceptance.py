@@ -131,7 +131,7 @@ def replay(drafter: NgramDrafter, answers: Sequence[Answer]) -> list[list[Propos
 
     @jax.jit
     def ask(tokens: jax.Array, counts: jax.Array, pending: jax.Array) -> Any:
-        state = drafter.init(ROWS, capacity)
+        state = drafter.init(kv.Groups.of(ROWS, capacity))
         every = jnp.arange(ROWS)
         state = drafter.observe(view, state, every, tokens, jnp.zeros_like(counts), counts)
         return drafter.propose(view, state, pending, counts)[0]
@@ -238,8 +238,9 @@ def recorded(engine: Engine, request: Request) -> tuple[list[int], list[Proposal
     capacity = max(now, engine.plan.capacity_for(min(end, engine.plan.context) + engine.plan.slack))
     if capacity > now:
         assert engine.drafter is not None
-        draft = engine.drafter.grow(state.draft, capacity)
-        state = dataclasses.replace(state, cache=kv.grow(state.cache, capacity), draft=draft)
+        groups = engine.plan.groups_at(capacity)
+        draft = engine.drafter.grow(state.draft, groups)
+        state = dataclasses.replace(state, caches=kv.grow(state.caches, groups), draft=draft)
     step = engine.step_program(capacity, record=True)
     while len(ids) < end and ids[-1] not in request.stop_ids:
         state, emitted = step(engine.target.leaves, engine.draft_weights, state)

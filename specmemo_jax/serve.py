@@ -104,6 +104,8 @@ def serve(
                 if not prepared:
                     engine.prepare([job.request for job, _ in waiting])
                     prepared = True
+                for row, to in engine.make_room():
+                    slots[to], slots[row] = slots[row], None
                 _fill(engine, slots, waiting)
                 engine.burst(burst)
             except jax.errors.JaxRuntimeError as error:
@@ -135,18 +137,25 @@ def serve(
 
 
 def _fill(engine: Engine, slots: list[Job | None], waiting: deque[Waiting]) -> None:
-    """Give every free row what waits longest; a row's log says that it had begun and lost its cache."""
-    for row in range(len(slots)):
-        while slots[row] is None and waiting:
-            job, log = waiting[0]
-            if log is None:
-                job.started = time.perf_counter()
-                engine.admit(row, job.request)
-                job.first_token = time.perf_counter()
-            else:
-                engine.rebuild(row, log)
-            slots[row] = job
-            waiting.popleft()
+    """Give every free row what waits longest of what it has room for; a row's log says that it had begun
+    and lost its cache.
+    """
+    place = 0
+    while place < len(waiting) and not all(slots):
+        job, log = waiting[place]
+        free = {row for row, other in enumerate(slots) if other is None}
+        row = engine.row_for(job.request.prompt if log is None else log.ids, free)
+        if row is None:
+            place += 1
+            continue
+        if log is None:
+            job.started = time.perf_counter()
+            engine.admit(row, job.request)
+            job.first_token = time.perf_counter()
+        else:
+            engine.rebuild(row, log)
+        slots[row] = job
+        del waiting[place]
 
 
 def _recover(engine: Engine, slots: list[Job | None], waiting: deque[Waiting], error: BaseException) -> None:

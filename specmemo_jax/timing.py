@@ -17,6 +17,7 @@ from jaxtyping import Array, Int
 
 from specmemo_jax.draft import Drafter, View
 from specmemo_jax.draft.protocol import State
+from specmemo_jax.llama.kv import Groups
 from specmemo_jax.llama.packing import Target
 from specmemo_jax.memory.calibration import (
     Calibration,
@@ -73,7 +74,7 @@ class BlankDrafter(Drafter):
         """A shorter chain."""
         return BlankDrafter(num_nodes)
 
-    def init(self, batch: int, capacity: int) -> State:
+    def init(self, groups: Groups) -> State:
         """Nothing."""
         return ()
 
@@ -224,8 +225,8 @@ def _draft_case(target: Target, drafter: Drafter, capacity: int, repeats: int) -
     state = _part_filled(engine, capacity)
     rows, weights, held = state.rows, engine.draft_weights, [state.draft]
 
-    def draft(leaves: Any, weights: Any, cache: Any, own: State) -> tuple[Any, State]:
-        view = View(weights, target.merge(leaves), cache, target.platform)
+    def draft(leaves: Any, weights: Any, caches: Any, own: State) -> tuple[Any, State]:
+        view = View(weights, target.merge(leaves), caches, target.platform)
         tree, own = drafter.propose(view, own, rows.pending, rows.lengths)
         told = jnp.zeros((1, drafter.max_depth + 1), jnp.int32)
         one = jnp.ones((1,), jnp.int32)
@@ -237,7 +238,7 @@ def _draft_case(target: Target, drafter: Drafter, capacity: int, repeats: int) -
         own = jax.block_until_ready(held[0])
         began = time.perf_counter()
         for _ in range(repeats):
-            tree, own = program(target.leaves, weights, state.cache, own)
+            tree, own = program(target.leaves, weights, state.caches, own)
         jax.block_until_ready(tree)
         held[0] = own
         return (time.perf_counter() - began) / repeats

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from specmemo_jax.llama.config import LlamaConfig
+from specmemo_jax.llama.kv import Groups
 from specmemo_jax.testing import tiny_llama
 
 EXAMPLES = Path(__file__).parent.parent / "scripts" / "examples"
@@ -125,7 +126,7 @@ def test_the_bigram_table_learns_row_by_row():
         assert tree.depths.tolist() == [[0, 1, 2, 3]] * 2
         return tree.tokens.tolist()
 
-    state = observe(drafter.init(2, 64), [1], [[5, 6, 7, 9]], [0], [3])  # 9 is padding
+    state = observe(drafter.init(Groups.of(2, 64)), [1], [[5, 6, 7, 9]], [0], [3])  # 9 is padding
     assert chains(state, [5, 5]) == [[5, -1, -1, -1], [5, 6, 7, -1]]
     state = observe(state, [0, 1], [[8, 8], [5, 8]], [0, 3], [0, 2])  # row 0 is empty
     assert chains(state, [8, 6]) == [[8, -1, -1, -1], [6, 7, 5, 8]]

@@ -34,9 +34,9 @@ class BigramTable(Drafter):
     def widths(self):
         return (1, self.num_nodes)  # where no row's token is in the table, a step is plain decoding
 
-    def init(self, batch, capacity):
-        follower = jnp.full((batch, self.vocab_size), NO_TOKEN, jnp.int32)
-        return {"follower": follower, "last": jnp.full((batch,), NO_TOKEN, jnp.int32)}
+    def init(self, groups):
+        follower = jnp.full((groups.rows, self.vocab_size), NO_TOKEN, jnp.int32)
+        return {"follower": follower, "last": jnp.full((groups.rows,), NO_TOKEN, jnp.int32)}
 
     def observe(self, view, state, rows, tokens, starts, counts):
         # A row that starts anew forgets the one before it.

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.llama.kv import KVCache, NewKV
+from specmemo_jax.llama.kv import Caches, NewKV
 from specmemo_jax.llama.model import Llama, forward, logits
 from specmemo_jax.memory.buffers import Work
 from specmemo_jax.speculate.tree import Tree
@@ -87,7 +87,7 @@ class Level:
 
 def lookahead(
     model: Llama,
-    cache: KVCache,
+    caches: Caches,
     known: Int[Array, " B"],
     unread: Int[Array, "B U"],
     num_unread: Int[Array, " B"],
@@ -96,11 +96,11 @@ def lookahead(
     vocab_size: int,
     platform: str,
 ) -> tuple[Tree, NewKV]:
-    """A tree rooted in ``pending``, from a draft ``model`` whose ``cache`` holds ``known`` positions a row.
+    """A tree rooted in ``pending``, from a draft ``model`` whose ``caches`` hold ``known`` positions a row.
 
     ``unread[b, :num_unread[b]]`` are committed tokens after those, which the first pass reads
     together with ``pending``; their keys and values ``[B, K, U + 1, D]`` come back with the tree.
-    A cache of fewer layers than the model's runs only those. Tokens from ``vocab_size`` on are
+    Caches of fewer layers than the model's run only those. Tokens from ``vocab_size`` on are
     never proposed.
     """
     B, U = unread.shape
@@ -108,7 +108,7 @@ def lookahead(
     tokens = jnp.pad(unread, ((0, 0), (0, 1)))
     tokens = jnp.where(slots == num_unread[:, None], pending[:, None], tokens)
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((1, U + 1, U + 1), bool)), (B, U + 1, U + 1))
-    hidden, read = forward(model, cache, tokens, known[:, None] + slots, causal, known, platform)
+    hidden, read = forward(model, caches, tokens, known[:, None] + slots, causal, known, platform)
     root = jnp.take_along_axis(hidden, num_unread[:, None, None], axis=1)
     children, log_p = _likeliest(logits(model, root, platform)[:, :, :vocab_size], k)
     levels = [Level(children[:, 0], log_p[:, 0], jnp.full((B, k), -1, jnp.int32))]
@@ -119,7 +119,7 @@ def lookahead(
     for depth in range(1, shape.depth):
         positions = jnp.broadcast_to((known + num_unread + depth)[:, None], (B, k))
         ancestors = _with_self(visible)
-        hidden, new = forward(model, cache, beam, positions, ancestors, known, platform, earlier=nodes)
+        hidden, new = forward(model, caches, beam, positions, ancestors, known, platform, earlier=nodes)
         nodes = jax.tree.map(lambda old, more: jnp.concatenate([old, more], axis=2), nodes, new)
         children, log_p = _likeliest(logits(model, hidden, platform)[:, :, :vocab_size], k)
         joints = (joint[:, :, None] + log_p).reshape(B, k * k)

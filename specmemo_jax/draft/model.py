@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int
 
 from specmemo_jax.draft.lookahead import Shape, lookahead, lookahead_work
@@ -15,14 +14,13 @@ from specmemo_jax.draft.protocol import Drafter, State, View
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.llama.kv import Leaf
+from specmemo_jax.llama.kv import Groups, Leaf
 from specmemo_jax.llama.model import forward
 from specmemo_jax.llama.packing import Target, abstract_model, abstract_target, merge
 from specmemo_jax.memory.activations import Live, Pass, attention, kept, projections
-from specmemo_jax.memory.buffers import Buffer, Work
+from specmemo_jax.memory.buffers import Buffer, Work, cache_buffer
 from specmemo_jax.memory.plan import PREFILL_CHUNKS
 from specmemo_jax.speculate.tree import Tree
-
 
 TILE = 8  # slots that a tensor core reads at once
 
@@ -63,11 +61,11 @@ class _Drafted(Drafter):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DraftState:
-    """``cache``: the draft's own, ``[B, K, slots(S), D]`` a layer; ``known`` ``[B]``: positions it
-    holds of each row; ``unread`` ``[B, depth]``: committed tokens after those.
+    """``caches``: the draft's own, ``[B, K, slots(S), D]`` a layer of a group; ``known`` ``[B]``: positions
+    it holds of each row; ``unread`` ``[B, depth]``: committed tokens after those.
     """
 
-    cache: kv.KVCache
+    caches: kv.Caches
     known: Leaf
     unread: Leaf
 
@@ -137,35 +135,46 @@ class DraftModel(_Drafted):
         """Of a row's own cache, whole tiles: cuBLAS would have XLA pad a copy of every layer."""
         return -(-(capacity + self.levels) // TILE) * TILE
 
-    def init(self, batch: int, capacity: int) -> State:
+    def _own(self, groups: Groups) -> Groups:
+        return Groups(tuple((rows, self.slots(slots)) for rows, slots in groups))
+
+    def init(self, groups: Groups) -> State:
         """An empty cache with room for the last prompt chunk with what was unread before it."""
-        config = self.config
-        shape = (batch, config.num_kv_heads, self.slots(capacity), config.head_dim)
+        config, B = self.config, groups.rows
+        heads, D = config.num_kv_heads, config.head_dim
         return DraftState(
-            cache=kv.init_cache(config.num_layers, shape, jnp.dtype(self.dtype)),
-            known=jnp.zeros((batch,), jnp.int32),
-            unread=jnp.zeros((batch, self.levels), jnp.int32),
+            caches=kv.init_caches(config.num_layers, self._own(groups), heads, D, jnp.dtype(self.dtype)),
+            known=jnp.zeros((B,), jnp.int32),
+            unread=jnp.zeros((B, self.levels), jnp.int32),
         )
 
-    def grow(self, state: State, capacity: int) -> State:
+    def grow(self, state: State, groups: Groups) -> State:
         """Pad the cache."""
-        return dataclasses.replace(state, cache=kv.grow(state.cache, self.slots(capacity)))
+        return dataclasses.replace(state, caches=kv.grow(state.caches, self._own(groups)))
 
-    def buffers(self, batch: int, capacity: int) -> tuple[Buffer, ...]:
+    def move(
+        self,
+        state: State,
+        source: tuple[int, Int[Array, ""]],
+        target: tuple[int, Int[Array, ""]],
+        platform: str,
+    ) -> State:
+        """What is known of the row, and its part of the cache."""
+        caches, firsts = state.caches, [span.start for span in kv.spans(state.caches)]
+        (group, row), (wide, to) = source, target
+        moved = kv.move_row(caches, (group, row - firsts[group]), (wide, to - firsts[wide]), platform)
+        known, unread = (x.at[to].set(x[row]) for x in (state.known, state.unread))
+        return DraftState(moved, known, unread)
+
+    def buffers(self, groups: Groups) -> tuple[Buffer, ...]:
         """Weights, cache and the unread tokens."""
-        config, item = self.config, jnp.dtype(self.dtype).itemsize
-        shape = (
-            config.num_layers,
-            2,
-            batch,
-            config.num_kv_heads,
-            self.slots(capacity),
-            config.head_dim,
-        )
+        config, item, B = self.config, jnp.dtype(self.dtype).itemsize, groups.rows
+        vector = (config.num_layers, 2, config.num_kv_heads, config.head_dim)
+        weights = config.num_params
         return (
-            Buffer("draft weights", (config.num_params,), self.dtype, config.num_params * item),
-            Buffer("draft KV", shape, self.dtype, int(np.prod(shape)) * item),
-            Buffer("draft unread", (batch, 1 + self.levels), "int32", 4 * batch * (1 + self.levels)),
+            Buffer("draft weights", (weights,), self.dtype, weights * item),
+            cache_buffer("draft KV", self._own(groups), vector, self.dtype, item),
+            Buffer("draft unread", (B, 1 + self.levels), "int32", 4 * B * (1 + self.levels)),
         )
 
     def phases(self, target: Pass, chunk: int | None) -> tuple[Live, ...]:
@@ -175,6 +184,7 @@ class DraftModel(_Drafted):
             config=self.config,
             itemsize=jnp.dtype(self.dtype).itemsize,
             slots=self.slots(target.slots),
+            most=self.slots(target.widest),
             shards=1,
             layers=None,
             seen=None,
@@ -223,12 +233,15 @@ class DraftModel(_Drafted):
         )
         model, positions = self._merge(view), begin[:, None] + columns
         causal = jnp.broadcast_to(jnp.tril(jnp.ones((1, U + C, U + C), bool)), (len(rows), U + C, U + C))
-        hidden, new = forward(model, state.cache, both, positions, causal, begin, view.platform, rows=rows)
+        group = view.group or 0
+        cache, own = state.caches[group], rows - list(kv.spans(state.caches))[group].start
+        hidden, new = forward(model, (cache,), both, positions, causal, begin, view.platform, rows=own)
         # Always true; it ties the write to the end of all reads (see kv.write).
         begin = jnp.where((hidden[:, 0, 0] < 0).astype(jnp.int32) >= 0, begin, 0)
+        written = kv.write(cache, new, begin, own, view.platform)
         return dataclasses.replace(
             state,
-            cache=kv.write(state.cache, new, begin, rows, view.platform),
+            caches=(*state.caches[:group], written, *state.caches[group + 1 :]),
             known=state.known.at[rows].set(starts + counts),
         )
 
@@ -239,7 +252,7 @@ class DraftModel(_Drafted):
         known = jnp.minimum(state.known, lengths)
         tree, read = lookahead(
             self._merge(view),
-            state.cache,
+            state.caches,
             known,
             state.unread,
             lengths - known,
@@ -250,8 +263,8 @@ class DraftModel(_Drafted):
         )
         # Always true; it ties the write to the end of all reads (see kv.write).
         starts = jnp.where(tree.tokens[:, -1] >= 0, known, 0)
-        cache = kv.write(state.cache, read, starts, jnp.arange(len(starts)), view.platform)
-        return tree, dataclasses.replace(state, cache=cache, known=lengths + 1)
+        caches = kv.write_every(state.caches, read, starts, view.platform)
+        return tree, dataclasses.replace(state, caches=caches, known=lengths + 1)
 
     def truncate(self, state: State, lengths: Int[Array, " B"]) -> State:
         """Positions from there on are unknown again; the tokens before them that were unread stay so."""
@@ -282,7 +295,7 @@ class SelfDrafter(_Drafted):
         """``self:k``."""
         return f"self:{self.layers}"
 
-    def init(self, batch: int, capacity: int) -> State:
+    def init(self, groups: Groups) -> State:
         """Nothing."""
         return ()
 
@@ -329,7 +342,7 @@ class SelfDrafter(_Drafted):
         nothing = jnp.zeros((pending.shape[0], 0), jnp.int32)
         tree, _ = lookahead(
             view.model,
-            view.cache[: self.layers],
+            tuple(cache[: self.layers] for cache in view.caches),
             lengths,
             nothing,
             jnp.zeros_like(lengths),

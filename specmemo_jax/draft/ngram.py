@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Int
 
 from specmemo_jax.draft.protocol import Drafter, State, View
 from specmemo_jax.errors import ConfigError
+from specmemo_jax.llama.kv import Groups
 from specmemo_jax.memory.activations import FULL, Live, Pass, array
 from specmemo_jax.memory.buffers import Buffer
 from specmemo_jax.speculate.tree import NO_TOKEN, Tree
@@ -87,23 +88,24 @@ class NgramDrafter(Drafter):
         match = self.ladder[min(len(below), len(self.ladder) - 1)][1]
         return dataclasses.replace(self, num_nodes=num_nodes, ladder=(*below, (num_nodes, match)))
 
-    def init(self, batch: int, capacity: int) -> State:
-        """Token history ``[B, S]``."""
-        return jnp.full((batch, capacity), NO_TOKEN, jnp.int32)
+    def init(self, groups: Groups) -> State:
+        """Token history ``[B, S]``, every row's as wide as the widest group's."""
+        return jnp.full((groups.rows, groups.most), NO_TOKEN, jnp.int32)
 
-    def grow(self, state: State, capacity: int) -> State:
+    def grow(self, state: State, groups: Groups) -> State:
         """Pad the history."""
-        return jnp.pad(state, ((0, 0), (0, capacity - state.shape[1])), constant_values=NO_TOKEN)
+        return jnp.pad(state, ((0, 0), (0, groups.most - state.shape[1])), constant_values=NO_TOKEN)
 
-    def buffers(self, batch: int, capacity: int) -> tuple[Buffer, ...]:
+    def buffers(self, groups: Groups) -> tuple[Buffer, ...]:
         """The history."""
-        return (Buffer("ngram history", (batch, capacity), "int32", 4 * batch * capacity),)
+        shape = (groups.rows, groups.most)
+        return (Buffer("ngram history", shape, "int32", 4 * groups.rows * groups.most),)
 
     def phases(self, target: Pass, chunk: int | None) -> tuple[Live, ...]:
         """The history with its pending token, rolled, matched and scored; reading a chunk takes nothing."""
         if chunk is not None:
             return ()
-        return ((array("history, matches and scores", (8, target.rows, target.slots), FULL, "int32"),),)
+        return ((array("history, matches and scores", (8, target.rows, target.widest), FULL, "int32"),),)
 
     def observe(
         self,

@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.llama.kv import KVCache
+from specmemo_jax.llama.kv import Caches, Groups
 from specmemo_jax.llama.model import Llama
 from specmemo_jax.llama.packing import Target
 from specmemo_jax.memory.activations import Live, Pass
@@ -23,14 +23,16 @@ State = Any  # a pytree of device arrays that lead with the batch axis, the draf
 class View:
     """What a drafter may look at while it is traced.
 
-    ``weights``: what its `Drafter.weights` gave. ``model`` and ``cache``: the target's, the
-    cache ``[B, K, S, D]`` a layer as committed; both are read and never written.
+    ``weights``: what its `Drafter.weights` gave. ``model`` and ``caches``: the target's, a group's
+    cache ``[B_g, K, S_g, D]`` a layer as committed; both are read and never written. ``group``: the one that
+    the row observed is of, where a prompt is read; None where it is all rows.
     """
 
     weights: Any
     model: Llama
-    cache: KVCache
+    caches: Caches
     platform: str
+    group: int | None = None
 
 
 class Drafter(abc.ABC):
@@ -84,8 +86,10 @@ class Drafter(abc.ABC):
         raise ConfigError(f"{self.name} has trees of {self.num_nodes} nodes only, {num_nodes} were asked for")
 
     @abc.abstractmethod
-    def init(self, batch: int, capacity: int) -> State:
-        """Allocate the state for ``batch`` rows of at most ``capacity`` positions."""
+    def init(self, groups: Groups) -> State:
+        """Allocate the state for ``groups.rows`` rows of at most ``groups.most`` positions, of which a row
+        never holds more than its group's.
+        """
 
     @abc.abstractmethod
     def observe(
@@ -99,7 +103,7 @@ class Drafter(abc.ABC):
     ) -> State:
         """Learn committed tokens: ``tokens[r, :counts[r]]`` of row ``rows[r]``, from position ``starts[r]``.
 
-        Leave ``view.cache`` alone here: it has just been written, and reading it would copy it.
+        Leave ``view.caches`` alone here: it has just been written, and reading it would copy it.
         Chunks of any width; a row's tokens come in order, and a position may be told again
         (a row that starts anew is told from position 0).
         """
@@ -110,9 +114,19 @@ class Drafter(abc.ABC):
     ) -> tuple[Tree, State]:
         """A tree rooted in ``pending``, the token at position ``lengths[b]`` (after all observed ones)."""
 
-    def grow(self, state: State, capacity: int) -> State:
-        """The same state with room for ``capacity`` positions; called by the host between steps."""
+    def grow(self, state: State, groups: Groups) -> State:
+        """The same rows with room for the positions of ``groups``; called by the host between steps."""
         return state
+
+    def move(
+        self,
+        state: State,
+        source: tuple[int, Int[Array, ""]],
+        target: tuple[int, Int[Array, ""]],
+        platform: str,
+    ) -> State:
+        """Copy a row's state to another row, both as ``(group, row)``; here every leaf's first axis."""
+        return jax.tree.map(lambda x: x.at[target[1]].set(x[source[1]]), state)
 
     def truncate(self, state: State, lengths: Int[Array, " B"]) -> State:
         """Forget everything from position ``lengths[b]`` on. Nothing to do where it is never read."""
@@ -134,9 +148,9 @@ class Drafter(abc.ABC):
         """
         return Work()
 
-    def buffers(self, batch: int, capacity: int) -> tuple[Buffer, ...]:
+    def buffers(self, groups: Groups) -> tuple[Buffer, ...]:
         """Every device buffer of `init` and `weights`, for the memory model; here those of `init`."""
-        leaves = jax.tree.leaves_with_path(jax.eval_shape(lambda: self.init(batch, capacity)))
+        leaves = jax.tree.leaves_with_path(jax.eval_shape(lambda: self.init(groups)))
         return tuple(
             Buffer(
                 f"{self.name} state{jax.tree_util.keystr(path)}",
@@ -155,5 +169,5 @@ class Drafter(abc.ABC):
         """Sets of buffers that live at once while it drafts beside a target whose verification is ``target``:
         those of `propose` (``chunk`` None), or of `observe` for a prompt's ``chunk``.
         """
-        size = self.temporary_bytes(target.config, target.rows, target.slots)
+        size = self.temporary_bytes(target.config, target.rows, target.widest)
         return ((Buffer(f"{self.name} drafting", (size,), "bytes", size),),)

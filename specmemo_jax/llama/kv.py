@@ -1,12 +1,14 @@
-"""The target's KV cache: one ``(keys, values)`` pair a layer, each ``[B, K, S, D]``.
+"""The target's KV cache: groups of rows, a ``(keys, values)`` pair a layer in each, ``[B, K, S, D]``.
 
-Layers are separate buffers and never stacked, so that XLA aliases every one of them
+Rows of a group have the same number of slots S, so that short ones need not be as wide as the longest
+(`Groups`). Layers are separate buffers and never stacked, so that XLA aliases every one of them
 with its donated input (a scan over a stacked cache doubles it). In int8, which is lossy, each of keys and
 values is a `Quantized`: whole numbers, and a scale for every slot of every head (as KIVI's values, arXiv
 2402.02750, section 3, with one group a head).
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,10 +17,58 @@ from jaxtyping import Array, Int
 
 Leaf = Any  # an array, or what JAX puts in its place when a state is described and not allocated
 KVCache = tuple[tuple[Leaf, Leaf], ...]  # of arrays, or of `Quantized`
+Caches = tuple[KVCache, ...]  # a group's each, in the order of their rows
 NewKV = tuple[tuple[Leaf, Leaf], ...]
 # Logical axes of each buffer, as parameters carry theirs in their metadata.
 KV_AXES = ("batch", "kv_heads", "context", "head_dim")
 _MOST = 127  # of int8, so that a range is symmetric
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """``(rows, slots)`` of each group, in the order of the rows."""
+
+    sizes: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, rows: int, slots: int) -> "Groups":
+        """One group."""
+        return cls(((rows, slots),))
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self.sizes)
+
+    @property
+    def rows(self) -> int:
+        """B, of all groups."""
+        return sum(rows for rows, _ in self.sizes)
+
+    @property
+    def most(self) -> int:
+        """S of the widest."""
+        return max(slots for _, slots in self.sizes)
+
+    @property
+    def total(self) -> int:
+        """Slots of all rows."""
+        return sum(rows * slots for rows, slots in self.sizes)
+
+    def within(self, slots: int) -> "Groups":
+        """The same with at most ``slots`` a row."""
+        return Groups(tuple((rows, min(own, slots)) for rows, own in self.sizes))
+
+    def place(self, row: int) -> tuple[int, int]:
+        """The group that a row is of, and that group's first row."""
+        first = 0
+        for group, (rows, _) in enumerate(self.sizes):
+            if row < first + rows:
+                return group, first
+            first += rows
+        raise IndexError(f"row {row} of {self.rows}")
+
+    def slots_of(self, row: int) -> int:
+        """S of a row."""
+        return self.sizes[self.place(row)[0]][1]
 
 
 @jax.tree_util.register_dataclass
@@ -55,9 +105,23 @@ def init_cache(num_layers: int, shape: tuple[int, int, int, int], dtype: jnp.dty
     return tuple((empty(), empty()) for _ in range(num_layers))
 
 
-def capacity_of(cache: KVCache) -> int:
-    """S."""
-    return jax.tree.leaves(cache)[0].shape[2]
+def init_caches(num_layers: int, groups: Groups, heads: int, head_dim: int, dtype: jnp.dtype) -> Caches:
+    """Each group's `init_cache`, of ``heads`` K."""
+    return tuple(init_cache(num_layers, (rows, heads, slots, head_dim), dtype) for rows, slots in groups)
+
+
+def capacity_of(caches: Caches) -> int:
+    """S of the widest group."""
+    return max(jax.tree.leaves(cache)[0].shape[2] for cache in caches)
+
+
+def spans(caches: Caches) -> Iterator[slice]:
+    """Each group's rows among all."""
+    first = 0
+    for cache in caches:
+        rows = jax.tree.leaves(cache)[0].shape[0]
+        yield slice(first, first + rows)
+        first += rows
 
 
 def select_rows(cache: KVCache, rows: Int[Array, " R"]) -> KVCache:
@@ -79,6 +143,30 @@ def write(
     """
     put = _put_on_cpu if platform == "cpu" else _put
     return jax.tree.map(lambda old, add: put(old, add.astype(old.dtype), starts, rows), cache, new)
+
+
+def write_every(caches: Caches, new: NewKV, starts: Int[Array, " B"], platform: str) -> Caches:
+    """`write` for every row of every group; ``new`` has them all, ``[B, K, T, D]``."""
+    written = []
+    for cache, span in zip(caches, spans(caches), strict=True):
+        own = new if len(caches) == 1 else jax.tree.map(lambda x: x[span], new)  # noqa: B023
+        rows = jnp.arange(span.stop - span.start)
+        written.append(write(cache, own, starts[span], rows, platform))
+    return tuple(written)
+
+
+def move_row(
+    caches: Caches,
+    source: tuple[int, Int[Array, ""]],
+    target: tuple[int, Int[Array, ""]],
+    platform: str,
+) -> Caches:
+    """Copy a row to another, wider group: both as ``(group, row within the group)``."""
+    (narrow, row), (wide, to) = source, target
+    mine = jax.tree.map(lambda buffer: jax.lax.dynamic_slice_in_dim(buffer, row, 1), caches[narrow])
+    start = jnp.zeros((1,), jnp.int32)
+    moved = write(caches[wide], mine, start, to[None], platform)
+    return tuple(moved if group == wide else cache for group, cache in enumerate(caches))
 
 
 def _put(buffer: Array, values: Array, starts: Int[Array, " R"], rows: Int[Array, " R"]) -> Array:
@@ -104,9 +192,15 @@ def _put_on_cpu(buffer: Array, values: Array, starts: Int[Array, " R"], rows: In
     return jax.lax.fori_loop(0, values.shape[0], put_row, buffer)
 
 
-def grow(cache: KVCache, capacity: int) -> KVCache:
-    """The same cache with ``capacity`` slots a row, layer by layer; an old layer is freed once copied."""
-    more = ((0, 0), (0, 0), (0, capacity - capacity_of(cache)), (0, 0))
+def grow(caches: Caches, groups: Groups) -> Caches:
+    """The same rows with the slots that ``groups`` say, layer by layer; an old layer is freed once copied."""
+    return tuple(_grow(cache, slots) for cache, (_, slots) in zip(caches, groups, strict=True))
+
+
+def _grow(cache: KVCache, capacity: int) -> KVCache:
+    if capacity == capacity_of((cache,)):
+        return cache
+    more = ((0, 0), (0, 0), (0, capacity - capacity_of((cache,))), (0, 0))
     grown = []
     for pair in cache:
         wider = jax.tree.map(lambda buffer: jnp.pad(buffer, more), pair)

@@ -6,6 +6,7 @@ query, key and value projections are one matrix, and so are gate and up.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specmemo_jax.llama.attention import tree_attention
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.llama.kv import KVCache, NewKV, Quantized, dequantize, quantize, select_rows
+from specmemo_jax.llama.kv import Caches, Leaf, NewKV, Quantized, dequantize, quantize, select_rows, spans
 from specmemo_jax.llama.layers import Linear, RMSNorm, matmul
 from specmemo_jax.llama.rope import rope_tables, rotate
 
@@ -81,7 +82,7 @@ class Llama(nnx.Module):
 
 def forward(
     model: Llama,
-    cache: KVCache,
+    caches: Caches,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     ancestors: Bool[Array, "B T M"],
@@ -95,8 +96,9 @@ def forward(
 
     Returns the hidden states after the final norm (float32; `logits` turns rows of
     them into logits) and each layer's new keys and values ``[B, K, T, D]``, which are
-    not yet in ``cache`` (``[B, K, S, D]`` a layer; the first ``lengths[b]`` slots of row
-    ``b`` are read). A cache of fewer layers than the model has runs only those.
+    not yet in ``caches`` (a group's ``[B_g, K, S_g, D]`` a layer, the groups' rows in order; the first
+    ``lengths[b]`` slots of row ``b`` are read). Caches of fewer layers than the model has run only those.
+    ``rows``: those of a single group that the B are.
 
     ``earlier``: keys and values of M - T nodes from earlier calls that are not in the cache
     either; they come before the T new ones in ``ancestors``. ``score_nodes``: the most nodes whose
@@ -109,19 +111,20 @@ def forward(
     cos, sin = rope_tables(config, positions)
     x = embed(model, tokens)
     new = []
-    for i, (k_cache, v_cache) in enumerate(cache):
-        block = model.layers[i]
+    groups = (slice(0, B),) if rows is not None else tuple(spans(caches))
+    for i in range(len(caches[0])):
+        block, layer = model.layers[i], tuple(cache[i] for cache in caches)
         if rows is not None:
             # Always true; without it XLA's CPU backend copies every layer's rows before the first layer.
             now = jnp.where((x[:, 0, 0] < 0).astype(jnp.int32) >= 0, rows, 0)
-            k_cache, v_cache = select_rows(((k_cache, v_cache),), now)[0]
+            layer = select_rows(layer, now)
         qkv = block.self_attn.qkv_proj(block.input_layernorm(x), platform)
         qk, v = jnp.split(qkv.reshape(B, T, M, -1, D), [(N + K) // M], axis=3)
         qk = rotate(qk.reshape(B, T, N + K, D), cos, sin).reshape(B, T, M, -1, D)
         q, k = qk[:, :, :, : N // M].reshape(B, T, N, D), qk[:, :, :, N // M :]
         # What waits for the commit waits in the cache's dtype.
         # In int8 its nodes see each other as they will be seen in the cache, whatever the tree.
-        as_cached = quantize if isinstance(k_cache, Quantized) else lambda x: x.astype(dtype)
+        as_cached = quantize if isinstance(layer[0][0], Quantized) else lambda x: x.astype(dtype)
         pair = tuple(as_cached(heads.reshape(B, T, K, D).transpose(0, 2, 1, 3)) for heads in (k, v))
         pair = optimization_barrier(pair)  # else XLA keeps the projection's float32 and converts at the end
         new.append(pair)
@@ -129,10 +132,15 @@ def forward(
             pair = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), earlier[i], pair)
         k, v = map(dequantize, pair)
 
-        def attend(q: Array, ancestors: Array) -> Array:
-            return tree_attention(q, k, v, k_cache, v_cache, ancestors, lengths, dtype, precision)  # noqa: B023
+        def attend(of: slice, held: tuple[Leaf, Leaf], q: Array, ancestors: Array) -> Array:
+            near = k[of], v[of]  # noqa: B023
+            return tree_attention(q, *near, *held, ancestors, lengths[of], dtype, precision)
 
-        attended = by_parts(attend, score_nodes, q, ancestors)
+        parts = [
+            by_parts(partial(attend, of, held), score_nodes, q[of], ancestors[of])
+            for of, held in zip(groups, layer, strict=True)
+        ]
+        attended = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
         x = x + block.self_attn.o_proj(attended, platform)
         x = x + block.mlp(block.post_attention_layernorm(x), platform)
     return model.norm(x), tuple(new)

@@ -30,6 +30,7 @@ YNN_ROWS = 4096  # rows of scores from which XLA's CPU backend reduces them with
 class Pass:
     """One pass: ``rows`` B of ``nodes`` T over ``slots`` S of cache, by one of `backends`.
 
+    Where rows lie in groups, ``slots`` is a row's on average, rounded up, and ``most`` the widest's.
     ``seen``: M, the nodes that a node can see beside the cache (T, or more where earlier passes' are
     not committed). ``gathered``: the rows are copied out of a wider cache. ``score_nodes``: the most
     nodes whose scores exist at once. ``layers``: L, None for all of the model's. ``in_order``: accepted
@@ -50,6 +51,12 @@ class Pass:
     layers: int | None = None
     in_order: bool = False
     quantized: bool = False
+    most: int | None = None
+
+    @property
+    def widest(self) -> int:
+        """S of the widest row."""
+        return self.slots if self.most is None else self.most
 
     @property
     def depth(self) -> int:

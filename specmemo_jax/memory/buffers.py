@@ -4,6 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from specmemo_jax.llama.config import LlamaConfig
+from specmemo_jax.llama.kv import Groups
 
 if TYPE_CHECKING:
     from specmemo_jax.memory.activations import Pass
@@ -17,6 +18,17 @@ class Buffer:
     shape: tuple[int, ...]
     dtype: str
     bytes: int
+
+
+def cache_buffer(
+    name: str, groups: Groups, vector: tuple[int, int, int, int], dtype: str, itemsize: int
+) -> Buffer:
+    """Keys and values of rows in ``groups``; ``vector``: layers, 2, K, and D numbers (or 1, of scales)."""
+    layers, two, heads, length = vector
+    bytes_ = layers * two * heads * length * itemsize * groups.total
+    if len(groups.sizes) == 1:
+        return Buffer(name, (layers, two, groups.rows, heads, groups.most, length), dtype, bytes_)
+    return Buffer(name, (layers, two, heads, groups.total, length), dtype, bytes_)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +79,8 @@ class DraftCost(Protocol):
         """What drafting costs a step."""
         ...
 
-    def buffers(self, batch: int, capacity: int) -> tuple[Buffer, ...]:
-        """Device buffers it keeps for ``batch`` rows of ``capacity`` positions, weights included."""
+    def buffers(self, groups: Groups) -> tuple[Buffer, ...]:
+        """Device buffers it keeps for rows of so many positions, weights included."""
         ...
 
     def phases(self, target: "Pass", chunk: int | None) -> tuple[tuple[Buffer, ...], ...]:

@@ -9,6 +9,7 @@ import functools
 import math
 
 from specmemo_jax.llama.config import LlamaConfig
+from specmemo_jax.llama.kv import Groups
 from specmemo_jax.memory.activations import (
     FULL,
     Live,
@@ -20,7 +21,7 @@ from specmemo_jax.memory.activations import (
     kept,
     projections,
 )
-from specmemo_jax.memory.buffers import Buffer, DraftCost
+from specmemo_jax.memory.buffers import Buffer, DraftCost, cache_buffer
 
 WEIGHTS = "target weights"
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -80,8 +81,7 @@ def footprint(
     *,
     dtype: str,
     platform: str,
-    batch: int,
-    capacity: int,
+    groups: Groups,
     chunks: tuple[int, ...],
     rungs: tuple[int, ...] = (1,),
     shards: int = 1,
@@ -99,8 +99,7 @@ def footprint(
         drafter: what proposes, with its own buffers and temporaries; None for plain decoding.
         dtype: of the weights, and of the cache where ``kv_dtype`` (else ``"int8"``) is None.
         platform: ``"cpu"`` or ``"gpu"``.
-        batch: B rows.
-        capacity: S cache slots a row.
+        groups: B rows and their S cache slots.
         chunks: prefill widths C.
         rungs: sizes of tree that a step is compiled for, 1 (plain decoding) and the drafter's.
         shards: devices that split the target; the drafter is whole on each.
@@ -113,11 +112,12 @@ def footprint(
     item = ITEM_BYTES[dtype]
     buffers = (
         weights(config, dtype, shards),
-        *state(config, kv_dtype or dtype, batch, capacity, shards),
-        *(() if drafter is None else drafter.buffers(batch, capacity)),
+        *state(config, kv_dtype or dtype, groups, shards),
+        *(() if drafter is None else drafter.buffers(groups)),
     )
     if platform != "cpu":
-        leaves = (4 if kv_dtype == "int8" else 2) * config.num_layers + 24 + (8 if drafter is None else 64)
+        leaves = (4 if kv_dtype == "int8" else 2) * config.num_layers * len(groups.sizes)
+        leaves += 24 + (8 if drafter is None else 64)
         buffers += (Buffer("alignment", (leaves,), "padding", leaves * GPU_ALIGNMENT),)
 
     programs: dict[str, ProgramFootprint] = {}
@@ -126,12 +126,13 @@ def footprint(
             config,
             item,
             backend,
-            batch,
+            groups.rows,
             1,
-            capacity,
+            -(-groups.total // groups.rows),
             score_nodes=score_nodes,
             shards=shards,
             quantized=kv_dtype == "int8",
+            most=groups.most,
         )
         found = [_step(base, _limited(drafter, nodes), logit_nodes, policy) for nodes in rungs]
         found += [_prefill(base, drafter, width, policy) for width in chunks]
@@ -196,7 +197,7 @@ def _verify(
 def _prefill(base: Pass, drafter: DraftCost | None, width: int, policy: str) -> ProgramFootprint:
     """A chunk of one row. The drafter reads it in the same program, unordered, so both may live."""
     config = base.config
-    read = dataclasses.replace(base, rows=1, nodes=width, gathered=base.rows > 1)
+    read = dataclasses.replace(base, rows=1, nodes=width, slots=base.widest, gathered=base.rows > 1)
     rows = width if policy == "unbounded" else 1
     seen = array("seen tokens of a row", (-(-config.vocab_size // base.shards),), FULL, "int32")
     peaks = [(*live, seen) for live in (*attention(read), *projections(read))]
@@ -228,13 +229,12 @@ def weights(config: LlamaConfig, dtype: str, shards: int) -> Buffer:
     return Buffer(WEIGHTS, (count,), dtype, count * ITEM_BYTES[dtype])
 
 
-def state(config: LlamaConfig, dtype: str, batch: int, capacity: int, shards: int) -> tuple[Buffer, ...]:
+def state(config: LlamaConfig, dtype: str, groups: Groups, shards: int) -> tuple[Buffer, ...]:
     """The engine's state on one device, without the drafter's: cache, rows and the tokens seen."""
-    heads = config.num_kv_heads // shards
-    shape = (config.num_layers, 2, batch, heads, capacity)
-    cache = (array("target KV", (*shape, config.head_dim), ITEM_BYTES[dtype], dtype),)
+    vector, batch = (config.num_layers, 2, config.num_kv_heads // shards), groups.rows
+    cache = (cache_buffer("target KV", groups, (*vector, config.head_dim), dtype, ITEM_BYTES[dtype]),)
     if dtype == "int8":
-        cache = (*cache, array("target KV scales", shape, FULL))
+        cache = (*cache, cache_buffer("target KV scales", groups, (*vector, 1), "float32", FULL))
     return (
         *cache,
         Buffer("rows", (batch,), "settings", batch * row_bytes()),

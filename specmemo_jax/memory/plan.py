@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from specmemo_jax.errors import CapacityError, ConfigError
 from specmemo_jax.llama.config import LlamaConfig
+from specmemo_jax.llama.kv import Groups
 from specmemo_jax.memory.buffers import Buffer, DraftCost
 from specmemo_jax.memory.compiled import Proof
 from specmemo_jax.memory.devices import DeviceSpec
@@ -62,7 +63,8 @@ class MemoryPlan:
     """Frozen shapes and bytes of one engine: B ``batch`` rows of at most ``context`` tokens.
 
     ``capacities``: the cache slots S a row can have; on CPU the cache grows through
-    them, elsewhere there is one. ``chunks``: prefill widths C, largest first.
+    them, elsewhere there is one. ``groups``: rows and their contexts, rising to ``context``, where not all
+    rows have the same; such rows' slots are fewer (`groups_at`). ``chunks``: prefill widths C, largest first.
     ``tree_nodes``: T, 1 without a drafter. ``rungs``: trees to move between, rising from 1 (plain
     decoding) to T. ``score_nodes``, ``logit_nodes``: see `specmemo_jax.speculate.step.Layout`.
     ``footprint`` holds at the largest capacity, in bytes a device of ``shards``.
@@ -92,6 +94,7 @@ class MemoryPlan:
     expected: Expected | None = None
     bounds: Bounds | None = None
     proof: Proof | None = None
+    groups: tuple[tuple[int, int], ...] = ()
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
@@ -141,6 +144,14 @@ class MemoryPlan:
                 return capacity
         raise CapacityError(f"a row needs {slots} cache slots, the plan has {self.capacities[-1]}")
 
+    def groups_at(self, capacity: int) -> Groups:
+        """The rows' cache slots while the widest have ``capacity``."""
+        if not self.groups:
+            return Groups.of(self.batch, capacity)
+        *narrow, (widest, _) = self.groups
+        sizes = [(rows, _slots(context, self.max_depth)) for rows, context in narrow]
+        return Groups((*sizes, (widest, capacity))).within(capacity)
+
     @property
     def slack(self) -> int:
         """Slots a step may touch beyond a row's length."""
@@ -159,7 +170,14 @@ class MemoryPlan:
         return (*self.buffers, *self.footprint.largest.terms)
 
     def resized(self, drafter: DraftCost | None, batch: int, context: int | None = None) -> "MemoryPlan":
-        """The same choice with another drafter, number of rows or context, priced anew."""
+        """The same choice with another drafter, number of rows or context, priced anew; of rows in groups
+        the same share is taken out of each, and another context is the widest's.
+        """
+        groups = self.groups
+        if groups and batch != self.batch:
+            groups = _shares(groups, batch)
+        if groups and context is not None:
+            groups = (*groups[:-1], (groups[-1][0], context))
         return lay_out(
             self.config,
             dtype=self.dtype,
@@ -174,6 +192,7 @@ class MemoryPlan:
             policy=self.policy,
             device=self.device,
             kv_dtype=self.kv_dtype,
+            groups=groups,
         )
 
     def at(self, tokens: int) -> "MemoryPlan":
@@ -207,18 +226,22 @@ def lay_out(
     device: DeviceSpec | None = None,
     workload: Workload | None = None,
     kv_dtype: str | None = None,
+    groups: tuple[tuple[int, int], ...] = (),
 ) -> MemoryPlan:
-    """One choice of shapes, priced; ``kv_dtype`` None is ``dtype``. Raises for a batch or a context that
-    cannot be.
+    """One choice of shapes, priced; ``kv_dtype`` None is ``dtype``; ``groups``: `MemoryPlan.groups`. Raises
+    for a batch or a context that cannot be.
     """
     _check(config, batch, context, policy)
+    _check_groups(groups, batch, context)
+    groups = groups if len(groups) > 1 else ()
     depth = 0 if drafter is None else drafter.max_depth
-    largest = -(-(context + depth + 1) // SLOTS) * SLOTS
+    largest = _slots(context, depth)
     capacities = [largest]
     if platform == "cpu" and policy == "plan":
         capacities = [FIRST_CAPACITY * 2**i for i in range(32) if FIRST_CAPACITY * 2**i < largest] + [largest]
     if policy == "plan":
-        chunks = tuple(c for c in chunks if c <= capacities[0]) or (SLOTS // 2,)
+        narrowest = min(capacities[0], *(_slots(least, depth) for _, least in (*groups, (batch, context))))
+        chunks = tuple(c for c in chunks if c <= narrowest) or (SLOTS // 2,)
     else:
         chunks = (largest,)
     plan = MemoryPlan(
@@ -241,8 +264,25 @@ def lay_out(
         footprint=Footprint((), (), 0),
         device=device,
         workload=workload,
+        groups=groups,
     )
     return _priced(plan, plan.capacities)
+
+
+def _slots(context: int, depth: int) -> int:
+    """For so many tokens and a step's tree beyond them, in steps of `SLOTS`."""
+    return -(-(context + depth + 1) // SLOTS) * SLOTS
+
+
+def _shares(groups: tuple[tuple[int, int], ...], batch: int) -> tuple[tuple[int, int], ...]:
+    """Groups of ``batch`` rows in about the same shares, the widest with a row at least."""
+    all_rows, left, shares = sum(rows for rows, _ in groups), batch, []
+    for rows, context in reversed(groups):
+        own = min(left, max(0 if shares else 1, round(rows * batch / all_rows)))
+        shares.append((own, context))
+        left -= own
+    (most, context), *rest = shares[::-1]
+    return tuple((rows, context) for rows, context in ((most + left, context), *rest) if rows)
 
 
 def _priced(plan: MemoryPlan, capacities: tuple[int, ...]) -> MemoryPlan:
@@ -252,8 +292,7 @@ def _priced(plan: MemoryPlan, capacities: tuple[int, ...]) -> MemoryPlan:
         plan.drafter,
         dtype=plan.dtype,
         platform=plan.platform,
-        batch=plan.batch,
-        capacity=capacities[-1],
+        groups=plan.groups_at(capacities[-1]),
         chunks=plan.chunks,
         rungs=plan.rungs,
         shards=plan.shards,
@@ -273,18 +312,29 @@ def _growth(plan: MemoryPlan, capacity: int) -> ProgramFootprint:
     """Growing to the last capacity: what is old beside what is new, of caches a layer at a time
     (`llama.kv.grow`), the drafter's state before the target's.
     """
-    config = plan.config
-    shape = (2, plan.batch, config.num_kv_heads // plan.shards, capacity, config.head_dim)
+    config, groups = plan.config, plan.groups_at(capacity)
+    rows, slots = max(groups, key=math.prod)
+    shape = (2, rows, config.num_kv_heads // plan.shards, slots, config.head_dim)
     scale = 4 if plan.kv_dtype == "int8" else 0  # a vector's, beside its numbers
     size = math.prod(shape[:-1]) * (config.head_dim * jnp.dtype(plan.kv_dtype).itemsize + scale)
     old = [Buffer("a layer's KV before", shape, plan.kv_dtype, size)]
-    for buffer in () if plan.drafter is None else plan.drafter.buffers(plan.batch, capacity):
+    for buffer in () if plan.drafter is None else plan.drafter.buffers(groups):
         if buffer.name == "draft KV":
             layers, *rest = buffer.shape
             old.append(Buffer("a draft layer's KV before", tuple(rest), buffer.dtype, buffer.bytes // layers))
         elif buffer.name != "draft weights":
             old.append(dataclasses.replace(buffer, name=f"{buffer.name} before"))
     return ProgramFootprint("growth", tuple(old))
+
+
+def _check_groups(groups: tuple[tuple[int, int], ...], batch: int, context: int) -> None:
+    if not groups:
+        return
+    contexts = [own for _, own in groups]
+    if any(rows < 1 or own < 1 for rows, own in groups) or sorted(set(contexts)) != contexts:
+        raise ConfigError(f"groups {groups}: rows and contexts of at least 1, contexts rising, would work")
+    if sum(rows for rows, _ in groups) != batch or contexts[-1] != context:
+        raise ConfigError(f"groups {groups} are not of {batch} rows up to context {context}")
 
 
 def _check(config: LlamaConfig, batch: int, context: int, policy: str) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from specmemo_jax.speculate.rows import Settings
 from specmemo_jax.speculate.sampling import Sampling, greedy_sampling
 from specmemo_jax.speculate.step import EngineState
 
-Key = tuple[str, int, int, bool]
+Key = tuple[str, int, int, bool, int]  # kind, capacity, width, sampled, group
 
 
 class Engine:
@@ -75,8 +75,12 @@ class Engine:
 
     @property
     def capacity(self) -> int:
-        """S: cache slots a row has at the moment."""
-        return 0 if self._state is None else kv.capacity_of(self._state.cache)
+        """S: cache slots a row has at the moment, one of the widest group."""
+        return 0 if self._state is None else kv.capacity_of(self._state.caches)
+
+    def slots_of(self, row: int) -> int:
+        """Cache slots of one row at the moment."""
+        return self.plan.groups_at(self.capacity).slots_of(row)
 
     @property
     def live_generation_bytes(self) -> int:
@@ -100,21 +104,28 @@ class Engine:
         kind = "recording step" if record else "step"
         return self._program(kind, capacity, nodes, sampled)
 
-    def prefill_program(self, capacity: int, width: int, sampled: bool = False) -> jax.stages.Compiled:
-        """`Programs.prefill`, compiled."""
-        return self._program("prefill", capacity, width, sampled)
+    def prefill_program(
+        self, capacity: int, width: int, sampled: bool = False, row: int = 0
+    ) -> jax.stages.Compiled:
+        """`Programs.prefill` for the group of ``row``, compiled."""
+        return self._program("prefill", capacity, width, sampled, self._group(row))
+
+    def _group(self, row: int) -> int:
+        return self.plan.groups_at(0).place(row)[0]
 
     def _program(
-        self, kind: str, capacity: int, width: int = 0, sampled: bool = False
+        self, kind: str, capacity: int, width: int = 0, sampled: bool = False, group: int = 0
     ) -> jax.stages.Compiled:
-        key = (kind, capacity, width, sampled)
+        key = (kind, capacity, width, sampled, group)
         if key not in self._compiled:
             lower = self.programs
             match kind:
                 case "prefill":
-                    lowered = lower.prefill(capacity, width, sampled)
+                    lowered = lower.prefill(capacity, width, sampled, group)
                 case "catch up":
-                    lowered = lower.catch_up(capacity, width)
+                    lowered = lower.catch_up(capacity, width, group)
+                case "move":  # whose width is the other group
+                    lowered = lower.move(capacity, group, width)
                 case "restore":
                     lowered = lower.restore(capacity)
                 case _:
@@ -133,6 +144,7 @@ class Engine:
         prefill, and steps up to the cache's next growth. No row may be live.
         """
         longest = max(len(request.prompt) for request in requests)
+        rows = {self.row_for(request.prompt, set(range(self.plan.batch))) or 0 for request in requests}
         kinds = sorted({request.sampling is not None for request in requests})
         steps = max(request.max_tokens for request in requests)
         trees = self.chooser.ahead(steps) if self.chooser else (self.plan.tree_nodes,)
@@ -143,19 +155,20 @@ class Engine:
             for request in requests
             for _, width in self._chunk_starts(len(request.prompt))
         }
-        # Steps over empty rows, and prefill of row 0 as one that is done at once.
-        for kind, width, sampled in sorted(
+        # Steps over empty rows, and prefill of a group's row as one that is done at once.
+        for kind, width, sampled, row in sorted(
             {
-                *(("step", nodes, sampled) for nodes in trees for sampled in kinds),
-                *(("prefill", width, sampled) for width, sampled in widths),
+                *(("step", nodes, sampled, 0) for nodes in trees for sampled in kinds),
+                *(("prefill", width, sampled, row) for width, sampled in widths for row in rows),
             }
         ):
-            if (kind, capacity, width, sampled) in self._compiled:
+            key = (kind, capacity, width, sampled, self._group(row))
+            if key in self._compiled:
                 continue
             if kind == "prefill" and any(self._held):
                 continue  # running it would overwrite what a chat keeps in row 0
-            inputs = () if kind == "step" else self._chunk_inputs([0], width, 0, 0, Request([0], 1))
-            self._run(self._program(kind, capacity, width, sampled), *inputs)
+            inputs = () if kind == "step" else self._chunk_inputs([0], width, 0, row, Request([0], 1))
+            self._run(self._program(*key), *inputs)
         jax.block_until_ready(self._state)
         most = max(len(request.prompt) + request.max_tokens for request in requests)
         for sampled in kinds:
@@ -175,9 +188,10 @@ class Engine:
             self._state = self.programs.empty_state(capacity)
         elif capacity > self.capacity:
             state, self._state = self._state, None
-            draft = state.draft if self.drafter is None else self.drafter.grow(state.draft, capacity)
-            cache = kv.grow(state.cache, capacity)
-            self._state = dataclasses.replace(state, cache=cache, draft=draft)
+            groups = self.plan.groups_at(capacity)
+            draft = state.draft if self.drafter is None else self.drafter.grow(state.draft, groups)
+            caches = kv.grow(state.caches, groups)
+            self._state = dataclasses.replace(state, caches=caches, draft=draft)
 
     def admit(self, row: int, request: Request) -> int:
         """Prefill a request into a free row and return its first new token.
@@ -196,9 +210,11 @@ class Engine:
         first, sampled = None, request.sampling is not None
         self._held[row] = None
         for offset, width in self._chunk_starts(len(ids) - begin):
-            start = min(begin + offset, self.capacity - width)  # the last chunk may not hang over the end
+            start = min(
+                begin + offset, self.slots_of(row) - width
+            )  # the last chunk may not hang over the end
             inputs = self._chunk_inputs(ids[start : start + width], width, start, row, request)
-            first = self._run(self.prefill_program(self.capacity, width, sampled), *inputs)
+            first = self._run(self.prefill_program(self.capacity, width, sampled, row), *inputs)
         assert first is not None
         self.prefilled_tokens += len(ids) - begin
         return int(first)
@@ -220,7 +236,7 @@ class Engine:
         self._prefill(row, log.ids[:-1], 0, log.request)
         answer = log.new_ids
         self._restore(row, log.ids[: log.num_prompt], answer, log.ids[-1], log.request, log.left)
-        log.told = log.cached
+        log.told, log.waiting = log.cached, False
         self.rows[row] = log
 
     def _restore(
@@ -242,9 +258,10 @@ class Engine:
     def _catch_up(self, row: int, ids: Sequence[int], told: int, end: int) -> None:
         """Tell the drafter what a row committed while it slept: positions from ``told`` to ``end``."""
         for offset, width in self._chunk_starts(end - told):
-            start = min(told + offset, self.capacity - width)
+            start = min(told + offset, self.slots_of(row) - width)
             inputs = _chunk(ids[start : min(start + width, end)], width, start, row)
-            self._run(self._program("catch up", self.capacity, width), *inputs)
+            program = self._program("catch up", self.capacity, width, group=self._group(row))
+            self._run(program, *inputs)
 
     def _chunk_starts(self, length: int) -> list[tuple[int, int]]:
         if self.plan.whole_prompts:
@@ -267,17 +284,70 @@ class Engine:
         assert log is not None
         self.rows[row] = None
         self._held[row] = log
-        if not log.finished and self._state is not None:
+        if not log.finished:
+            self._end(row)
+        return log
+
+    def row_for(self, ids: Sequence[int], free: Collection[int]) -> int | None:
+        """The free row, of the narrowest group, that holds so many ids and a step; None where none does."""
+        slots = self.plan.groups_at(self.plan.capacities[-1])
+        needed = min(len(ids) + self.plan.slack, self.plan.context) + self.plan.slack
+        return next((row for row in sorted(free) if slots.slots_of(row) >= needed), None)
+
+    def make_room(self) -> list[tuple[int, int]]:
+        """Move live rows that have no room for a step into free rows of wider groups; ``(from, to)`` each.
+
+        A row that finds none waits, and is done on the device, until one is free; rows of the widest
+        group never wait.
+        """
+        moves = []
+        for row, log in enumerate(self.rows):
+            if log is None or log.finished or self._steps_left(row, log):
+                continue
+            free = {other for other, held in enumerate(self.rows) if held is None}
+            to = self.row_for(log.ids, free)
+            if to is None:
+                self._pause(row, log)
+                continue
+            self._reserve(len(log.ids))
+            group, wide = self._group(row), self._group(to)
+            program = self._program("move", self.capacity, wide, group=group)
+            self._run(program, np.int32(row), np.int32(to))
+            log.waiting = False
+            self.rows[to], self.rows[row] = log, None
+            self._held[to] = self._held[row] = None
+            moves.append((row, to))
+        return moves
+
+    def _steps_left(self, row: int, log: RowLog) -> int:
+        """Steps of the largest tree for which a row's group has room."""
+        if self._group(row) == len(self.plan.groups_at(0).sizes) - 1:
+            return 2**31
+        room = self.plan.groups_at(self.plan.capacities[-1]).slots_of(row) - self.plan.slack - len(log.ids)
+        return max(0, room // self.plan.slack)
+
+    def _pause(self, row: int, log: RowLog) -> None:
+        if not log.waiting:
+            log.waiting = True
+            self._end(row)
+
+    def _end(self, row: int) -> None:
+        """A row emits nothing more."""
+        if self._state is not None:
             rows = self._state.rows
             rows = dataclasses.replace(rows, done=rows.done.at[row].set(True))
             self._state = dataclasses.replace(self._state, rows=rows)
-        return log
 
     def burst(self, max_steps: int = 8) -> None:
-        """Run up to ``max_steps`` steps without waiting in between, then read what they emitted."""
-        live = [log for log in self.rows if log is not None and not log.finished]
+        """Run up to ``max_steps`` steps without waiting in between, then read what they emitted.
+
+        Rows in groups need `make_room` before it.
+        """
+        going = {row: log for row, log in enumerate(self.rows) if log is not None and log.going}
+        live = list(going.values())
         if not live:
             return
+        max_steps = min(max_steps, *(self._steps_left(row, log) for row, log in going.items()))
         nodes = self.plan.tree_nodes
         if self.chooser is not None:
             nodes, max_steps = self.chooser.choose(max_steps)
@@ -285,8 +355,8 @@ class Engine:
         steps = max(1, min(max_steps, -(-max(log.left for log in live) // deepest)))
         self._reserve(max(len(log.ids) for log in live) + steps * deepest)
         step = self.step_program(self.capacity, any(log.sampled for log in live), nodes)
-        for row, log in enumerate(self.rows):
-            if nodes > 1 and log is not None and not log.finished:
+        for row, log in going.items():
+            if nodes > 1:
                 self._catch_up(row, log.ids, log.told, log.cached)
         began, emitted = time.perf_counter(), []
         for _ in range(steps):

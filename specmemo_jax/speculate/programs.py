@@ -21,6 +21,7 @@ from specmemo_jax.speculate.step import (
     EngineState,
     Layout,
     catch_up,
+    move,
     prefill_chunk,
     restore,
     speculative_step,
@@ -44,13 +45,15 @@ class Programs:
     mesh: Mesh | None = None
 
     def empty_state(self, capacity: int) -> EngineState:
-        """A new device state at ``capacity`` slots a row: no row in it, the cache zeroed."""
-        plan, config = self.plan, self.target.config
-        shape = (plan.batch, config.num_kv_heads, capacity, config.head_dim)
+        """A new device state at ``capacity`` slots a row, fewer where its group has fewer: no row in it, the
+        cache zeroed.
+        """
+        config, groups = self.target.config, self.plan.groups_at(capacity)
+        heads, D = config.num_kv_heads, config.head_dim
         return EngineState(
-            cache=kv.init_cache(config.num_layers, shape, self._kv_dtype),
-            rows=init_rows(plan),
-            draft=() if self.drafter is None else self.drafter.init(plan.batch, capacity),
+            caches=kv.init_caches(config.num_layers, groups, heads, D, self._kv_dtype),
+            rows=init_rows(self.plan),
+            draft=() if self.drafter is None else self.drafter.init(groups),
         )
 
     def abstract_state(self, capacity: int) -> EngineState:
@@ -66,15 +69,28 @@ class Programs:
         drafter = self._limited(nodes)
         return self._lower(speculative_step, capacity, self.target, drafter, self._layout, sampled, record)
 
-    def prefill(self, capacity: int, width: int, sampled: bool = False) -> jax.stages.Lowered:
-        """Prefill of ``width`` tokens: ``f(..., tokens, start, count, row, settings) -> state, first``."""
+    def prefill(
+        self, capacity: int, width: int, sampled: bool = False, group: int = -1
+    ) -> jax.stages.Lowered:
+        """Prefill of ``width`` tokens of a row of ``group``, the last (widest) unless said otherwise:
+        ``f(..., tokens, start, count, row, settings) -> state, first``.
+        """
         inputs = (*_chunk(width), self._settings())
-        static = self.target, self.drafter, self._layout, sampled
+        static = self.target, self.drafter, self._layout, sampled, self._group(group)
         return self._lower(prefill_chunk, capacity, *static, inputs=inputs)
 
-    def catch_up(self, capacity: int, width: int) -> jax.stages.Lowered:
+    def catch_up(self, capacity: int, width: int, group: int = -1) -> jax.stages.Lowered:
         """Telling a drafter that slept: ``f(..., tokens, start, count, row) -> state, None``."""
-        return self._lower(catch_up, capacity, self.target, self.drafter, inputs=_chunk(width))
+        static = self.target, self.drafter, self._group(group)
+        return self._lower(catch_up, capacity, *static, inputs=_chunk(width))
+
+    def move(self, capacity: int, source: int, target: int) -> jax.stages.Lowered:
+        """Moving a row between two groups: ``f(..., row, to) -> state, None``."""
+        static = self.drafter, self.target.platform, source, target
+        return self._lower(move, capacity, *static, inputs=(_scalar(), _scalar()))
+
+    def _group(self, group: int) -> int:
+        return range(len(self.plan.groups_at(0).sizes))[group]
 
     def restore(self, capacity: int) -> jax.stages.Lowered:
         """Setting a row: ``f(..., row, length, pending, settings, seen, recent) -> state, None``."""
@@ -135,7 +151,7 @@ def state_shardings(mesh: Mesh, state: EngineState) -> EngineState:
     seen = sharding(mesh, ("batch", "vocab"))
     history = dataclasses.replace(whole.rows.history, seen=seen)
     return EngineState(
-        cache=jax.tree.map(lambda _: sharding(mesh, kv.KV_AXES), state.cache),
+        caches=jax.tree.map(lambda _: sharding(mesh, kv.KV_AXES), state.caches),
         rows=dataclasses.replace(whole.rows, history=history),
         draft=whole.draft,
     )

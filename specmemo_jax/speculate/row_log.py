@@ -27,13 +27,15 @@ class Request:
 class RowLog:
     """Every id of a row (so that the cache can be rebuilt), and its steps.
 
-    ``told``: positions that the drafter has observed. ``accepted_lengths`` and ``tree_nodes``: tokens
+    ``told``: positions that the drafter has observed. ``waiting``: it has outgrown its group, and no wider
+    row is free. ``accepted_lengths`` and ``tree_nodes``: tokens
     emitted and nodes verified, a step each.
     """
 
     request: Request
     ids: list[int]
     told: int = 0
+    waiting: bool = False
     accepted_lengths: list[int] = dataclasses.field(default_factory=list)
     tree_nodes: list[int] = dataclasses.field(default_factory=list)
 
@@ -71,6 +73,11 @@ class RowLog:
     def finished(self) -> bool:
         """A stop id ended it, or its budget is spent."""
         return self.stopped or self.left <= 0
+
+    @property
+    def going(self) -> bool:
+        """It takes part in the next step."""
+        return not (self.finished or self.waiting)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -30,7 +30,7 @@ from specmemo_jax.speculate.unbounded import choices_by_path, last_of_all_logits
 class EngineState:
     """Everything the programs change: the target's cache, the rows and the drafter's own state."""
 
-    cache: kv.KVCache
+    caches: kv.Caches
     rows: Rows
     draft: State
 
@@ -86,6 +86,7 @@ def prefill_chunk(
     drafter: Drafter | None,
     layout: Layout,
     sampled: bool,
+    group: int,
     leaves: tuple[Array, ...],
     weights: Any,
     state: EngineState,
@@ -95,7 +96,8 @@ def prefill_chunk(
     row: Int[Array, ""],
     settings: Settings,
 ) -> tuple[EngineState, Int[Array, ""]]:
-    """Append ``count`` (of C) prompt tokens at position ``start`` of ``row``; return the token that follows.
+    """Append ``count`` (of C) prompt tokens at position ``start`` of ``row``, which is of ``group``; return
+    the token that follows.
 
     Only the last row of logits is computed. The row is ready to decode after its last
     chunk: the returned token is then its first, counted in ``settings.left``. A chunk at
@@ -104,18 +106,19 @@ def prefill_chunk(
     model = target.merge(leaves)
     C, B = tokens.shape[1], state.rows.lengths.shape[0]
     starts, rows = start[None], row[None]
+    first_row, cache = _first_row(state.caches, group), state.caches[group]
     causal = jnp.tril(jnp.ones((1, C, C), bool))
     positions = starts[:, None] + jnp.arange(C)[None, :]
     hidden, new = forward(
         model,
-        state.cache,
+        (cache,),
         tokens,
         positions,
         causal,
         starts,
         target.platform,
         score_nodes=layout.score_nodes,
-        rows=rows,
+        rows=rows - first_row,
     )
     if layout.prompt_logits:
         scores = last_of_all_logits(model, hidden, count, target.platform)
@@ -131,7 +134,9 @@ def prefill_chunk(
     else:
         first = jnp.argmax(scores[0]).astype(jnp.int32)
     # ``first >= 0`` always; it ties the write to the end of all reads (see kv.write).
-    written = kv.write(state.cache, new, jnp.where(first >= 0, starts, 0), rows, target.platform)
+    starts_now = jnp.where(first >= 0, starts, 0)
+    written = kv.write(cache, new, starts_now, rows - first_row, target.platform)
+    caches = (*state.caches[:group], written, *state.caches[group + 1 :])
     settings = dataclasses.replace(settings, left=settings.left - 1)
     advanced = Rows(
         lengths=state.rows.lengths.at[row].set(start + count),
@@ -142,9 +147,13 @@ def prefill_chunk(
     )
     draft = state.draft
     if drafter is not None:
-        view = View(weights, model, state.cache, target.platform)
+        view = View(weights, model, state.caches, target.platform, group)
         draft = drafter.observe(view, draft, rows, tokens, starts, count[None])
-    return EngineState(written, advanced, draft), first
+    return EngineState(caches, advanced, draft), first
+
+
+def _first_row(caches: kv.Caches, group: int) -> int:
+    return list(kv.spans(caches))[group].start
 
 
 def _read(
@@ -177,7 +186,7 @@ def speculative_step(
     that sleeps passes through.
     """
     model, rows, draft = target.merge(leaves), state.rows, state.draft
-    view = View(weights, model, state.cache, target.platform)
+    view = View(weights, model, state.caches, target.platform)
     limits = TreeLimits.of(drafter)
     if drafter is None:
         tree = root_only(rows.pending)
@@ -186,20 +195,20 @@ def speculative_step(
     widths = limits.widths
     verifiers = [_verifier(model, target.platform, layout, sampled, limits, width) for width in widths]
     if len(verifiers) == 1:
-        accepted, new, history = verifiers[0](tree, rows, state.cache)
+        accepted, new, history = verifiers[0](tree, rows, state.caches)
     else:
         filled = jnp.where((tree.tokens >= 0) & ~rows.done[:, None], jnp.arange(widths[-1])[None, :] + 1, 1)
         place = jnp.sum(jnp.max(filled) > jnp.asarray(widths[:-1], jnp.int32))
-        accepted, new, history = jax.lax.switch(place, verifiers, tree, rows, state.cache)
+        accepted, new, history = jax.lax.switch(place, verifiers, tree, rows, state.caches)
     advanced, counts = advance(rows, accepted, history)
     # ``counts >= 0`` always; it ties the write to the end of all reads (see kv.write).
     starts = jnp.where(counts >= 0, rows.lengths, 0)
     every = jnp.arange(starts.shape[0])
-    cache = kv.write(state.cache, new, starts, every, target.platform)
+    caches = kv.write_every(state.caches, new, starts, target.platform)
     if drafter is not None:
         committed = jnp.concatenate([rows.pending[:, None], accepted.emitted[:, :-1]], axis=1)
         draft = drafter.observe(view, draft, every, committed, rows.lengths, counts)
-    return EngineState(cache, advanced, draft), Emitted(
+    return EngineState(caches, advanced, draft), Emitted(
         accepted.emitted, counts, ~rows.done, tree if record else None
     )
 
@@ -207,6 +216,7 @@ def speculative_step(
 def catch_up(
     target: Target,
     drafter: Drafter,
+    group: int,
     leaves: tuple[Array, ...],
     weights: Any,
     state: EngineState,
@@ -216,7 +226,7 @@ def catch_up(
     row: Int[Array, ""],
 ) -> tuple[EngineState, None]:
     """Tell a drafter that slept ``count`` (of C) committed tokens of ``row``, from position ``start``."""
-    view = View(weights, target.merge(leaves), state.cache, target.platform)
+    view = View(weights, target.merge(leaves), state.caches, target.platform, group)
     draft = drafter.observe(view, state.draft, row[None], tokens, start[None], count[None])
     return dataclasses.replace(state, draft=draft), None
 
@@ -245,21 +255,51 @@ def restore(
     return dataclasses.replace(state, rows=restored), None
 
 
+def move(
+    drafter: Drafter | None,
+    platform: str,
+    source_group: int,
+    target_group: int,
+    leaves: tuple[Array, ...],
+    weights: Any,
+    state: EngineState,
+    source: Int[Array, ""],
+    target: Int[Array, ""],
+) -> tuple[EngineState, None]:
+    """Copy row ``source``, live, to row ``target`` of a wider group, where it goes on; ``source`` is done."""
+    at = (source_group, source - _first_row(state.caches, source_group))
+    to = (target_group, target - _first_row(state.caches, target_group))
+    caches = kv.move_row(state.caches, at, to, platform)
+    rows = jax.tree.map(lambda x: x.at[target].set(x[source]), state.rows)
+    done = rows.done.at[target].set(False).at[source].set(True)
+    draft = state.draft
+    if drafter is not None:
+        draft = drafter.move(draft, (source_group, source), (target_group, target), platform)
+    return EngineState(caches, dataclasses.replace(rows, done=done), draft), None
+
+
 def _verifier(
     model: Llama, platform: str, layout: Layout, sampled: bool, limits: TreeLimits, width: int
-) -> Callable[[Tree, Rows, kv.KVCache], tuple[Accepted, kv.NewKV, History]]:
+) -> Callable[[Tree, Rows, kv.Caches], tuple[Accepted, kv.NewKV, History]]:
     """Verification of a tree's first ``width`` nodes: the accepted path, its keys and values, the history.
 
     All results are as wide as the deepest tree's path, so that every width's are alike.
     """
     depth = min(limits.max_depth, width - 1)
 
-    def verify(tree: Tree, rows: Rows, cache: kv.KVCache) -> tuple[Accepted, kv.NewKV, History]:
+    def verify(tree: Tree, rows: Rows, caches: kv.Caches) -> tuple[Accepted, kv.NewKV, History]:
         tree = jax.tree.map(lambda x: x[:, :width], tree)
         ancestors = ancestor_mask(tree.parents, depth)
         tokens, positions = jnp.maximum(tree.tokens, 0), rows.lengths[:, None] + tree.depths
         hidden, new = forward(
-            model, cache, tokens, positions, ancestors, rows.lengths, platform, score_nodes=layout.score_nodes
+            model,
+            caches,
+            tokens,
+            positions,
+            ancestors,
+            rows.lengths,
+            platform,
+            score_nodes=layout.score_nodes,
         )
         history = rows.history
         if sampled:

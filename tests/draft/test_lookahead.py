@@ -29,7 +29,7 @@ def every_position(layers):
     @jax.jit
     def run(leaves, tokens):
         model = TARGET.merge(leaves)
-        hidden, _ = forward(model, empty, tokens, at, causal, jnp.zeros((1,), jnp.int32), "cpu")
+        hidden, _ = forward(model, (empty,), tokens, at, causal, jnp.zeros((1,), jnp.int32), "cpu")
         return jax.nn.log_softmax(logits(model, hidden, "cpu"))[0]
 
     return run
@@ -77,7 +77,7 @@ def test_trees_are_the_search_s_at_every_stage_of_a_row(shape):
     sight = view(drafter)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 19, n).tolist() for n in (21, 33)]
-    state = drafter.init(2, S)
+    state = drafter.init(kv.Groups.of(2, S))
     observe, propose = (jax.jit(functools.partial(f, sight)) for f in (drafter.observe, drafter.propose))
     for b, prompt in enumerate(prompts):
         for start in (0, 16, 32):
@@ -115,8 +115,8 @@ def test_a_self_draft_reads_the_target_s_cache():
     def run(leaves):
         model = TARGET.merge(leaves)
         zero, causal = jnp.zeros((1,), jnp.int32), jnp.tril(jnp.ones((1, T, T), bool))
-        _, new = forward(model, empty, jnp.array([ids[:T]]), jnp.arange(T)[None], causal, zero, "cpu")
-        sight = View((), model, kv.write(empty, new, zero, zero, "cpu"), "cpu")
+        _, new = forward(model, (empty,), jnp.array([ids[:T]]), jnp.arange(T)[None], causal, zero, "cpu")
+        sight = View((), model, (kv.write(empty, new, zero, zero, "cpu"),), "cpu")
         return drafter.propose(sight, (), jnp.array(ids[T:]), jnp.array([T]))[0]
 
     tree = run(TARGET.leaves)
@@ -125,7 +125,7 @@ def test_a_self_draft_reads_the_target_s_cache():
 
 def test_ids_outside_the_target_s_vocabulary_are_not_proposed():
     drafter = DraftModel.of(TARGET, Shape(8, 2, 4), vocab_size=6)
-    state = drafter.init(1, S)
+    state = drafter.init(kv.Groups.of(1, S))
     propose = jax.jit(functools.partial(drafter.propose, view(drafter)))
     tree, _ = propose(state, jnp.array([3]), jnp.array([0]))
     assert set(np.asarray(tree.tokens)[0].tolist()) <= set(range(6))
@@ -135,7 +135,7 @@ def test_a_draft_that_is_no_number_still_gives_a_tree():
     broken = tuple(jnp.full_like(leaf, jnp.nan) for leaf in TARGET.leaves)
     drafter = DraftModel.of(dataclasses.replace(TARGET, leaves=broken), Shape(8, 3, 3))
     propose = jax.jit(functools.partial(drafter.propose, view(drafter)))
-    tree, _ = propose(drafter.init(1, S), jnp.array([3]), jnp.array([0]))
+    tree, _ = propose(drafter.init(kv.Groups.of(1, S)), jnp.array([3]), jnp.array([0]))
     tokens, parents, depths = (np.asarray(x)[0] for x in (tree.tokens, tree.parents, tree.depths))
     assert (depths[1:] == depths[parents[1:]] + 1).all()
     assert ((tokens >= 0) & (tokens < 19)).all()

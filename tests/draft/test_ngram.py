@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from specmemo_jax.draft import NgramDrafter, View, make_drafter
 from specmemo_jax.draft.ngram import chain
 from specmemo_jax.errors import ConfigError
+from specmemo_jax.llama.kv import Groups
 from specmemo_jax.llama.model import Llama
 from specmemo_jax.speculate.tree import NO_TOKEN
 from specmemo_jax.testing import TINY
@@ -24,7 +25,7 @@ def program(drafter):
 
     @jax.jit
     def run(tokens, counts, pending):
-        state = drafter.init(len(tokens), S)
+        state = drafter.init(Groups.of(len(tokens), S))
         rows = jnp.arange(len(tokens))
         state = drafter.observe(VIEW, state, rows, tokens, jnp.zeros_like(counts), counts)
         return drafter.propose(VIEW, state, pending, counts)[0]

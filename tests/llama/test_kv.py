@@ -64,9 +64,10 @@ def test_an_int8_cache_is_written_and_grown(platform):
     cache = kv.init_cache(2, (2, 2, 8, 4), jnp.dtype("int8"))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 3, 4)), jnp.float32)
     new = ((kv.quantize(x), kv.quantize(-x)),) * 2
-    grown = kv.grow(write(cache, new, jnp.array([1, 4]), jnp.arange(2), platform=platform), 16)
+    written = write(cache, new, jnp.array([1, 4]), jnp.arange(2), platform=platform)
+    grown = kv.grow((written,), kv.Groups.of(2, 16))
     assert kv.capacity_of(grown) == 16
-    for keys, values in grown:
+    for keys, values in grown[0]:
         for sign, side in ((1, keys), (-1, values)):
             got = np.asarray(kv.dequantize(side))
             for row, start in enumerate((1, 4)):
@@ -97,7 +98,7 @@ def test_grow_keeps_what_is_there():
     ones = jnp.ones((1, 2, 3, 2))
     cache = kv.write(cache, ((ones, ones),) * 2, jnp.array([0]), jnp.array([0]), "cpu")
     old = jax.tree.leaves(cache)
-    grown = kv.grow(cache, 10)
+    grown = kv.grow((cache,), kv.Groups.of(1, 10))
     for leaf in jax.tree.leaves(grown):
         assert leaf.shape == (1, 2, 10, 2)
         assert float(leaf.sum()) == float(leaf[:, :, :3].sum()) == 12

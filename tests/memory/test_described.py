@@ -97,7 +97,7 @@ def test_a_product_compiles_for_each(slug):
 def step(target):
     def run(leaves, cache, tokens, positions, ancestors, lengths):
         model = target.merge(leaves)
-        hidden, new = forward(model, cache, tokens, positions, ancestors, lengths, "gpu")
+        hidden, new = forward(model, (cache,), tokens, positions, ancestors, lengths, "gpu")
         chosen = logits(model, hidden, "gpu").argmax(-1)
         starts = lengths + (chosen[:, 0] == tokens[:, 1]).astype(
             jnp.int32

@@ -49,7 +49,7 @@ def distribution(ids):
     empty = kv.init_cache(CONFIG.num_layers, (1, 2, 8, 8), TARGET.dtype)
     causal = jnp.tril(jnp.ones((1, T, T), bool))
     at = jnp.arange(T)[None]
-    hidden, _ = forward(model, empty, jnp.array([ids]), at, causal, jnp.zeros((1,), jnp.int32), "cpu")
+    hidden, _ = forward(model, (empty,), jnp.array([ids]), at, causal, jnp.zeros((1,), jnp.int32), "cpu")
     z = np.asarray(logits(model, hidden[:, -1:], "cpu"), np.float64)[0, 0] / PARAMS.temperature
     order = np.argsort(-z)[: PARAMS.top_k]
     p = np.exp(z[order] - z[order[0]])

@@ -124,8 +124,8 @@ class Foresight(Drafter):
     p: float
     seed: int
 
-    def init(self, batch, capacity):
-        return jnp.zeros((batch, 1), jnp.int32)
+    def init(self, groups):
+        return jnp.zeros((groups.rows, 1), jnp.int32)
 
     def observe(self, view, state, rows, tokens, starts, counts):
         return state

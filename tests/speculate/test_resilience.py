@@ -177,7 +177,7 @@ def test_a_mesh_says_the_same(vanilla):
         state = programs.empty_state(plan.capacities[-1])
         inputs = engine._chunk_inputs(prompt, 128, 0, 1, Request(prompt, 30))
         leaves, weights_of, state, *inputs = jax.device_put((target.leaves, (), state, *inputs), arguments)
-        cache = state.cache[0][0]
+        cache = state.caches[0][0][0]
         assert cache.sharding.is_equivalent_to(sharding(mesh, ("batch", "kv_heads")), 4)
         assert cache.addressable_shards[0].data.shape[1] == 2 // mesh.shape[MODEL]
         state, first = prefill(leaves, weights_of, state, *inputs)
