@@ -19,11 +19,8 @@ from specmemo_jax.llama.model import forward
 from specmemo_jax.llama.packing import Target, abstract_model, abstract_target, merge
 from specmemo_jax.memory.activations import Live, Pass, attention, kept, projections
 from specmemo_jax.memory.buffers import Buffer, Work, cache_buffer
-from specmemo_jax.memory.plan import PREFILL_CHUNKS
+from specmemo_jax.memory.plan import PREFILL_CHUNKS, SLOTS
 from specmemo_jax.speculate.tree import Tree
-
-TILE = 8  # slots that a tensor core reads at once
-
 
 class _Drafted(Drafter):
     """What both drafters are: trees of one `Shape`, always filled."""
@@ -132,8 +129,10 @@ class DraftModel(_Drafted):
         return self.max_depth if self.room is None else self.room
 
     def slots(self, capacity: int) -> int:
-        """Of a row's own cache, whole tiles: cuBLAS would have XLA pad a copy of every layer."""
-        return -(-(capacity + self.levels) // TILE) * TILE
+        """Of a row's own cache, in steps as the target's: for others XLA's GPU backend keeps a padded copy
+        of every layer, for cuBLAS' tensor cores (8) or for products summed in parts (their number).
+        """
+        return -(-(capacity + self.levels) // SLOTS) * SLOTS
 
     def _own(self, groups: Groups) -> Groups:
         return Groups(tuple((rows, self.slots(slots)) for rows, slots in groups))
