@@ -3,6 +3,7 @@
     python scripts/check_planner.py                        # 1,000 requests on CPU and, described, CUDA GPUs
     python scripts/check_planner.py --devices cpu --jobs 2 # without the plugin that describes CUDA GPUs
     python scripts/check_planner.py --theory               # nothing compiled
+    python scripts/check_planner.py --requests 6000 --drafter llama-3.2-1b-instruct  # 200 that ask for it
 
 Every refusal is tried again at the least budget it names (a plan must come) and one byte below it (none
 may). Every plan is then compiled from shapes alone, its two hungriest programs by theory (all of them with
@@ -68,6 +69,11 @@ def draw(rng: random.Random, devices: tuple[str, ...]) -> dict:
         "tree_nodes": rng.choice((None, None, 4, 16)) if drafter not in ("none", "auto") else None,
         "shards": rng.choice((1, 1, 1, MESH)),
     }
+
+
+def asked(number: int, options: argparse.Namespace) -> dict:
+    """Request ``number``."""
+    return draw(random.Random(f"{options.seed}/{number}"), options.devices)
 
 
 def two_layers(planning: Planning) -> Planning:
@@ -138,10 +144,11 @@ def main() -> int:
     """Ask, print; 1 if anything was wrong."""
     options = _options()
     outcomes, failures, over = Counter(), [], []
+    numbers = [n for n in range(options.requests) if options.drafter in (None, asked(n, options)["drafter"])]
     deadline = time.monotonic() + options.limit_seconds
     began = _begin, (options.devices,)
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), *began) as pool:
-        futures = [pool.submit(answer, number, options) for number in range(options.requests)]
+        futures = [pool.submit(answer, number, options) for number in numbers]
         for future in tqdm(futures, leave=False, mininterval=0.5 if sys.stderr.isatty() else 60):
             try:
                 outcome = future.result(max(0.0, deadline - time.monotonic()))
@@ -155,11 +162,11 @@ def main() -> int:
             if outcome.over is not None:
                 over.append(outcome.over)
     counts = ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items()))
-    print(f"{sum(outcomes.values())} of {options.requests} requests: {counts}; {len(failures)} wrong")
+    print(f"{sum(outcomes.values())} of {len(numbers)} requests: {counts}; {len(failures)} wrong")
     if over:
         middle = f"median {statistics.median(over):.2%}, most {max(over):.1%}"
         print(f"{len(over)} proofs: the plan's peak over the compiler's: least {min(over):.2%}, {middle}")
-    return int(bool(failures) or sum(outcomes.values()) < options.requests)
+    return int(bool(failures) or sum(outcomes.values()) < len(numbers))
 
 
 def _begin(devices: tuple[str, ...]) -> None:
@@ -173,6 +180,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--devices", type=lambda text: tuple(text.split(",")), default=DEVICES)
+    parser.add_argument("--drafter", choices=DRAFTERS, help="only the requests that ask for it")
     parser.add_argument("--theory", action="store_true", help="compile nothing")
     parser.add_argument("--every-program", action="store_true", help="of a plan, not the two hungriest")
     parser.add_argument("--jobs", type=int, default=1)
