@@ -64,7 +64,9 @@ class LLM:
             lossy (docs/memory-model.md has its measured effect); drafting stays exact over such a cache.
         max_context: most tokens of prompt and answer together; None: the model's own
             maximum, or what the budget allows.
-        max_batch: B, rows decoded together.
+        max_batch: B, rows decoded together; ``"auto"``: as many as are expected to pay under the budget.
+        request_tokens: tokens, prompt and answer, of requests like those to come; rows then lie in groups
+            of fitting width, where that saves memory (docs/memory-model.md).
         prompt_tokens, new_tokens: of a usual request, for the plan's expected speed; 512 and 128 at most
             where they are left open. A row may hold more, up to ``max_context``.
         policy: ``"plan"``, or the baselines that benchmarks compare it with: ``"unbounded"`` allocates
@@ -90,7 +92,8 @@ class LLM:
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         kv_cache_dtype: Literal["auto", "int8"] = "auto",
         max_context: int | None = None,
-        max_batch: int = 1,
+        max_batch: int | Literal["auto"] = 1,
+        request_tokens: Sequence[int] = (),
         prompt_tokens: int | None = None,
         new_tokens: int | None = None,
         policy: Policy = "plan",
@@ -104,7 +107,8 @@ class LLM:
         self.generation_defaults = opened.generation_defaults
         spec = live_device()
         chosen = dtype_for(spec, dtype)
-        workload = workload_for(self.config, max_batch, max_context, prompt_tokens, new_tokens)
+        batch = None if max_batch == "auto" else max_batch
+        workload = workload_for(self.config, batch, max_context, prompt_tokens, new_tokens, request_tokens)
         kv_dtype = kv_dtype_for(kv_cache_dtype)
         cache = cache_source(self.name, kv_dtype)
         task = Task(self.config, chosen, spec, workload, 1, policy, kv_dtype, cache)

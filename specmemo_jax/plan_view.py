@@ -51,6 +51,11 @@ def _titles(plan: MemoryPlan, model: str) -> Any:
     )
     rows = "1 row" if plan.batch == 1 else f"{plan.batch} rows"
     second = f"{rows}: {work.prompt_tokens} prompt tokens, {work.new_tokens} new; context {plan.context}"
+    if plan.groups:
+        widths = ", ".join(f"{rows} to {context}" for rows, context in plan.groups)
+        second += f"; rows in groups: {widths} tokens"
+    if plan.bounds is not None and plan.bounds.most_rows is not None:
+        second += f"; of at most {plan.bounds.most_rows} that fit, so many pay most"
     if plan.policy != "plan":
         second += f"; policy {plan.policy}"
     lines = [*textwrap.wrap(first, WIDTH), *textwrap.wrap(second, WIDTH)]
@@ -175,6 +180,7 @@ def as_json(plan: MemoryPlan, model: str) -> dict[str, Any]:
         "least_budget_bytes": bounds.least_budget,
         "least_speculative_budget_bytes": bounds.least_speculative_budget,
         "lower_bound_bytes": bounds.lower_bound,
+        "most_rows": bounds.most_rows,
         "expected_tokens_per_second": expected.tokens_per_second,
         "vanilla_tokens_per_second": expected.vanilla_tokens_per_second,
         "expected_accepted_length": expected.accepted_length,
@@ -182,6 +188,7 @@ def as_json(plan: MemoryPlan, model: str) -> dict[str, Any]:
         "shapes": {
             "batch": plan.batch,
             "context": plan.context,
+            "groups": [list(group) for group in plan.groups],
             "capacities": list(plan.capacities),
             "chunks": list(plan.chunks),
             "tree_nodes": plan.tree_nodes,

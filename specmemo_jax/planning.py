@@ -2,6 +2,7 @@
 
 import dataclasses
 import platform as host
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -64,8 +65,12 @@ class Planning:
         return search(self.task, self.options, self.speed, self.budget)
 
     def frontier(self) -> list[MemoryPlan]:
-        """The fastest plans for their memory, by rising peak."""
-        return frontier(candidates(self.task, self.options, self.speed))
+        """The fastest plans for their memory, by rising peak; an open batch is that of `plan`."""
+        task = self.task
+        if task.workload.batch is None:
+            workload = dataclasses.replace(task.workload, batch=self.plan().batch)
+            task = dataclasses.replace(task, workload=workload)
+        return frontier(candidates(task, self.options, self.speed))
 
 
 def planning_for(
@@ -76,7 +81,7 @@ def planning_for(
     drafter: str | Path | None = "auto",
     tree_nodes: int | None = None,
     memory_budget: int | str | None = None,
-    batch: int = 1,
+    batch: int | None = 1,
     context: int | None = None,
     prompt_tokens: int | None = None,
     new_tokens: int | None = None,
@@ -123,18 +128,21 @@ def named_config(model: str | Path) -> Named:
 
 def workload_for(
     config: LlamaConfig,
-    batch: int = 1,
+    batch: int | None = 1,
     context: int | None = None,
     prompt_tokens: int | None = None,
     new_tokens: int | None = None,
+    lengths: Sequence[int] = (),
 ) -> Workload:
     """A workload; what is left open: 512 prompt tokens and 128 new ones, or what the context leaves."""
+    most = min(context or config.max_context, config.max_context)
+    lengths = tuple(sorted(min(length, most) for length in lengths))
     room = min(context or config.max_context, config.max_context)
     if new_tokens is None:
         new_tokens = max(1, min(128, room // 4 if prompt_tokens is None else room - prompt_tokens))
     if prompt_tokens is None:
         prompt_tokens = max(1, min(512, room - new_tokens))
-    return Workload(batch, prompt_tokens, new_tokens, context)
+    return Workload(batch, prompt_tokens, new_tokens, context, lengths)
 
 
 def dtype_for(spec: DeviceSpec, dtype: str) -> str:

@@ -1,6 +1,8 @@
 """A plan's proof: every program compiled from shapes alone, and XLA's own figures."""
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -71,15 +73,21 @@ def programs_for(plan: MemoryPlan, place: Place) -> Programs:
 def lowerings(programs: Programs) -> Iterator[tuple[str, Callable[[], jax.stages.Lowered]]]:
     """Every program of the plan at its largest capacity, by name."""
     plan, S = programs.plan, programs.plan.capacities[-1]
+    groups = [(-1, "")]
+    if len(plan.groups) > 1:
+        groups = [(group, f" of {context}") for group, (_, context) in enumerate(plan.groups)]
     for sampled in (False, True):
         how = "sampled" if sampled else "greedy"
         for nodes in plan.rungs:
             yield f"step {nodes}, {how}", lambda n=nodes, s=sampled: programs.step(S, s, n)
-        for width in plan.chunks:
-            yield f"prefill {width}, {how}", lambda w=width, s=sampled: programs.prefill(S, w, s)
+        for width, (group, which) in itertools.product(plan.chunks, groups):
+            lower = functools.partial(programs.prefill, S, width, sampled, group)
+            yield f"prefill {width}{which}, {how}", lower
     if programs.drafter is not None:
-        for width in plan.chunks:
-            yield f"catch up {width}", lambda w=width: programs.catch_up(S, w)
+        for width, (group, which) in itertools.product(plan.chunks, groups):
+            yield f"catch up {width}{which}", functools.partial(programs.catch_up, S, width, group)
+    for source, target in itertools.combinations(range(len(groups)), 2):
+        yield f"move {source} to {target}", functools.partial(programs.move, S, source, target)
     yield "restore", lambda: programs.restore(S)
 
 

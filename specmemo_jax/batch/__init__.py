@@ -1,5 +1,5 @@
 """Offline batches: a file of requests in, a file of answers out, and nothing lost between two runs."""
 
-from specmemo_jax.batch.run import BatchSummary, run_batch
+from specmemo_jax.batch.run import BatchSummary, request_tokens, run_batch
 
-__all__ = ["BatchSummary", "run_batch"]
+__all__ = ["BatchSummary", "request_tokens", "run_batch"]

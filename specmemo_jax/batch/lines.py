@@ -57,10 +57,11 @@ def line_key(custom_id: str | None, number: int) -> str:
     return f"line {number}" if custom_id is None else f"id {custom_id}"
 
 
-def read_lines(path: str | Path, names: frozenset[str], defaults: SamplingParams) -> Iterator[Line]:
+def read_lines(path: str | Path, names: frozenset[str] | None, defaults: SamplingParams) -> Iterator[Line]:
     """Every line that is not blank, one at a time; bad ones with their ``error``.
 
-    ``names``: what a body may call the model. Raises RequestError where the file cannot be read.
+    ``names``: what a body may call the model, None for anything. Raises RequestError where the file
+    cannot be read.
     """
     first_with: dict[int, int] = {}  # a custom_id's hash to its first line: 100,000 take a few MiB
     try:
@@ -83,7 +84,7 @@ def read_lines(path: str | Path, names: frozenset[str], defaults: SamplingParams
         ) from error
 
 
-def parse_line(raw: bytes, number: int, names: frozenset[str], defaults: SamplingParams) -> Line:
+def parse_line(raw: bytes, number: int, names: frozenset[str] | None, defaults: SamplingParams) -> Line:
     """One line; what is wrong with it becomes its ``error``."""
     custom_id = None
     try:
@@ -143,11 +144,11 @@ def _request(
     custom_id: str | None,
     url: str,
     body: dict[str, Any],
-    names: frozenset[str],
+    names: frozenset[str] | None,
     defaults: SamplingParams,
 ) -> Line:
     model = body.pop("model", None)
-    if model is not None and model not in names:
+    if model is not None and names is not None and model not in names:
         raise LineError(
             f"model {model!r:.80} is not served here; {', '.join(sorted(names))} works "
             "(--served-model-name gives it another name)",

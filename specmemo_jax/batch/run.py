@@ -16,10 +16,12 @@ from specmemo_jax.outputs import RequestOutput
 from specmemo_jax.sampling_params import SamplingParams
 from specmemo_jax.serve import Job
 from specmemo_jax.sink import OutputError, Sink
+from specmemo_jax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from specmemo_jax.llm import LLM
 
+SAMPLED = 1000  # lines that rows are laid out for
 AHEAD = 64  # jobs a row of the engine that wait, so that what they need is compiled together
 
 
@@ -98,6 +100,26 @@ def run_batch(
         done = rows_done(path, mark) if path.is_file() else set()
         run = _Run(llm, model, mark, seed, done, _Writer(sink, unordered), progress or (lambda _: None))
         return run.answer(chain(first, lines))
+
+
+def request_tokens(
+    requests: str | Path, tokenizer: Tokenizer | None, defaults: SamplingParams, most: int = SAMPLED
+) -> tuple[int, ...]:
+    """Tokens, prompt and longest answer, of the first ``most`` lines that can be read: what
+    ``LLM(request_tokens=...)`` lays rows out for.
+    """
+    found = []
+    for line in islice(read_lines(requests, None, defaults), most):
+        if line.error is not None or line.params is None:
+            continue
+        prompt = line.prompt
+        if tokenizer is not None and line.messages is not None:
+            prompt = tokenizer.chat_ids(line.messages)
+        elif tokenizer is not None and isinstance(prompt, str):
+            prompt = tokenizer.encode(prompt)
+        if prompt is not None and not isinstance(prompt, str):
+            found.append(len(prompt) + (line.params.max_tokens or 1))
+    return tuple(found)
 
 
 class _Writer:

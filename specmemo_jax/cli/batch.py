@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 EPILOG = """Examples:
 
 \b
-specmemo batch requests.jsonl answers.jsonl --max-batch 8
+specmemo batch requests.jsonl answers.jsonl --max-batch auto --memory-budget 2GiB
 specmemo batch requests.jsonl answers.jsonl --max-batch 8 --resume
 """
 RUN = "Run"
@@ -66,7 +66,7 @@ def batch(
     model: options.Model = options.DEFAULT_MODEL,
     drafter: options.Drafter = "auto",
     tree_nodes: options.TreeNodes = None,
-    max_batch: options.MaxBatch = 1,
+    max_batch: options.BatchRows = "1",
     max_context: options.MaxContext = None,
     memory_budget: options.MemoryBudget = None,
     dtype: options.NumberFormat = options.Dtype.auto,
@@ -81,10 +81,16 @@ def batch(
     open. OUT.jsonl has OpenAI's rows, each written when it ends; a line that cannot be answered becomes a
     row with its error. A run that was killed goes on with --resume.
     """
+    from specmemo_jax.batch import request_tokens
     from specmemo_jax.llm import LLM
+    from specmemo_jax.loading import open_model
     from specmemo_jax.sampling_params import SamplingParams
 
+    rows = options.rows("--max-batch", max_batch)
     defaults = SamplingParams(temperature=temperature or 0.0, top_p=top_p, max_tokens=max_tokens)
+    lengths: tuple[int, ...] = ()
+    if rows != 1:
+        lengths = request_tokens(requests, open_model(model, None).tokenizer, defaults)
     with (
         LLM(
             model,
@@ -95,7 +101,8 @@ def batch(
             kv_cache_dtype=kv_cache_dtype.value,
             adaptive=adaptive,
             max_context=max_context,
-            max_batch=max_batch,
+            max_batch=rows or "auto",
+            request_tokens=lengths,
         ) as llm,
         _bar(requests) as bar,
     ):

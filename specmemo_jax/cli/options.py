@@ -102,6 +102,15 @@ TreeNodes = Annotated[
 MaxBatch = Annotated[
     int, typer.Option(min=1, metavar="N", help="Prompts decoded together.", rich_help_panel=MODEL)
 ]
+BatchRows = Annotated[
+    str,
+    typer.Option(
+        "--max-batch",
+        metavar="N|auto",
+        help="Prompts decoded together; auto: as many as pay under the budget.",
+        rich_help_panel=MODEL,
+    ),
+]
 MaxContext = Annotated[
     int | None,
     typer.Option(
@@ -343,7 +352,12 @@ PlanPolicy = Annotated[
 ]
 PlanBatch = Annotated[
     str,
-    typer.Option("--batch", metavar="N", help="Prompts decoded together.", rich_help_panel=WORKLOAD),
+    typer.Option(
+        "--batch",
+        metavar="N|auto",
+        help="Prompts decoded together; auto: as many as pay.",
+        rich_help_panel=WORKLOAD,
+    ),
 ]
 PlanContext = Annotated[
     str | None,
@@ -395,3 +409,23 @@ Measured = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+
+
+def rows(option: str, text: str) -> int | None:
+    """A number of rows, None for ``auto``."""
+    return None if text == "auto" else count(option, text, " or auto")
+
+
+def count(option: str, text: str, other: str = "") -> int:
+    """A whole number from 1 on. Raises ConfigError with what would work."""
+    from specmemo_jax.errors import ConfigError
+
+    try:
+        value = int(text)
+    except ValueError:
+        raise ConfigError(
+            f"{option} {text!r} is not a whole number; one from 1 on{other} would work"
+        ) from None
+    if value < 1:
+        raise ConfigError(f"{option} must be at least 1, found {value}")
+    return value

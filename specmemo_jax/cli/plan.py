@@ -74,7 +74,7 @@ def plan(
     with _refusals(as_json):
         name = _model(model, model_option)
         numbers = {
-            "batch": _count("--batch", batch),
+            "batch": options.rows("--batch", batch),
             "context": _count("--context", context),
             "prompt_tokens": _count("--prompt-tokens", prompt_tokens),
             "new_tokens": _count("--new-tokens", new_tokens),
@@ -145,13 +145,7 @@ def _model(argument: str | None, option: str | None) -> str:
 
 
 def _count(option: str, text: str | None) -> int | None:
-    try:
-        value = None if text is None else int(text)
-    except ValueError:
-        raise ConfigError(f"{option} {text!r} is not a whole number; one from 1 on would work") from None
-    if value is not None and value < 1:
-        raise ConfigError(f"{option} must be at least 1, found {value}")
-    return value
+    return None if text is None else options.count(option, text)
 
 
 @contextmanager

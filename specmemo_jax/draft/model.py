@@ -22,6 +22,7 @@ from specmemo_jax.memory.buffers import Buffer, Work, cache_buffer
 from specmemo_jax.memory.plan import PREFILL_CHUNKS, SLOTS
 from specmemo_jax.speculate.tree import Tree
 
+
 class _Drafted(Drafter):
     """What both drafters are: trees of one `Shape`, always filled."""
 

@@ -139,6 +139,8 @@ def footprint(
         for program in found:
             known = programs.get(program.name)
             programs[program.name] = program if known is None else max(known, program, key=lambda p: p.bytes)
+    if len(groups.sizes) > 1:
+        programs["move"] = _move(config, groups.rows, shards)
     kept_bytes = sum(buffer.bytes for buffer in buffers if buffer.name != WEIGHTS)
     return Footprint(buffers, tuple(_with_margin(p, kept_bytes) for p in programs.values()), reserve)
 
@@ -212,6 +214,12 @@ def _prefill(base: Pass, drafter: DraftCost | None, width: int, policy: str) -> 
         ]
     inputs = array("tokens and settings", (width + 256,), FULL)
     return _program(f"prefill {width}", peaks, (*beside, inputs, *_emitted(config, base.rows, 0)))
+
+
+def _move(config: LlamaConfig, rows: int, shards: int) -> ProgramFootprint:
+    """A row's copy between groups: the cache from buffer to buffer, the row's settings by way of copies."""
+    seen = array("seen tokens of a row", (-(-config.vocab_size // shards),), FULL, "int32")
+    return _program("move", [(seen,)], _emitted(config, rows, 0))
 
 
 def weights(config: LlamaConfig, dtype: str, shards: int) -> Buffer:

@@ -22,11 +22,10 @@ from specmemo_jax.memory.footprint import (
     ProgramFootprint,
     footprint,
 )
-from specmemo_jax.memory.workload import Workload
+from specmemo_jax.memory.workload import SLOTS, Workload
 
 PREFILL_CHUNKS = (128, 32)
 FIRST_CAPACITY = 256
-SLOTS = 64  # capacities are multiples of it
 POLICIES = ("plan", "unbounded", "unbounded-last-row")
 
 
@@ -51,11 +50,13 @@ class Expected:
 class Bounds:
     """In bytes a device, for one workload: the least budget that keeps 96% of the best expected
     throughput, the least with any plan, and the least with a drafter (None where none was allowed).
+    ``most_rows``: the largest batch that any plan fits the budget with, where the batch was left open.
     """
 
     lower_bound: int
     least_budget: int
     least_speculative_budget: int | None
+    most_rows: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -303,7 +303,7 @@ def tokens_per_second(workload: Workload, step_s: float, accepted_length: float,
     row's first token, then steps of ``step_s`` seconds that bring ``accepted_length`` tokens a row.
     """
     steps = (workload.new_tokens - 1) / accepted_length
-    return workload.batch * workload.new_tokens / (prefill_s + steps * step_s)
+    return workload.rows * workload.new_tokens / (prefill_s + steps * step_s)
 
 
 def _collectives(config: LlamaConfig, shards: int) -> float:
