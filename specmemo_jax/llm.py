@@ -69,6 +69,7 @@ class LLM:
             of fitting width, where that saves memory (docs/memory-model.md).
         prompt_tokens, new_tokens: of a usual request, for the plan's expected speed; 512 and 128 at most
             where they are left open. A row may hold more, up to ``max_context``.
+        scoring: plan for `log_likelihoods`, too.
         policy: ``"plan"``, or the baselines that benchmarks compare it with: ``"unbounded"`` allocates
             what other speculative decoders do, ``"unbounded-last-row"`` that without every prompt logit.
         adaptive: move between the plan's trees as they pay, down to plain decoding. False makes runs
@@ -96,6 +97,7 @@ class LLM:
         request_tokens: Sequence[int] = (),
         prompt_tokens: int | None = None,
         new_tokens: int | None = None,
+        scoring: bool = False,
         policy: Policy = "plan",
         adaptive: bool = True,
         seed: int = 0,
@@ -111,7 +113,7 @@ class LLM:
         workload = workload_for(self.config, batch, max_context, prompt_tokens, new_tokens, request_tokens)
         kv_dtype = kv_dtype_for(kv_cache_dtype)
         cache = cache_source(self.name, kv_dtype)
-        task = Task(self.config, chosen, spec, workload, 1, policy, kv_dtype, cache)
+        task = Task(self.config, chosen, spec, workload, 1, policy, kv_dtype, cache, scoring)
         self._own_draft = is_model_name(drafter)
         if is_model_name(drafter):
             shape = default_shape(tree_nodes, task.platform)
@@ -201,6 +203,22 @@ class LLM:
             prompt = self._require_tokenizer().chat_ids(prompt)  # type: ignore[arg-type]
         job = self._job(prompt, sampling_params or self.get_default_sampling_params(), 0)  # type: ignore[arg-type]
         return TextStream(self._serve([job], burst=1), job)
+
+    def log_likelihoods(self, ids: Sequence[int], begin: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Of each of ``ids`` from position ``begin`` on: its natural log probability after those before it
+        (float), and whether it is the likeliest token there (bool). Needs ``LLM(..., scoring=True)``.
+
+        Raises RequestError for ids or a beginning that cannot be, CapacityError without room.
+        """
+        ids = self._ids(ids, 0)
+        if not 1 <= begin < len(ids):
+            would = f"from 1 to {len(ids) - 1}" if len(ids) > 1 else "two ids at least"
+            raise RequestError(f"begin {begin} of {len(ids)} ids; {would} would work")
+        if len(ids) > self.plan.context:
+            raise RequestError(f"{len(ids)} ids to score, the context holds {self.plan.context}")
+        if any(row is not None for row in self.engine.rows):
+            raise RequestError("another call is still running; its end, or closing its stream, would work")
+        return self.engine.score(ids, begin)
 
     def run_batch(
         self,

@@ -88,6 +88,8 @@ def lowerings(programs: Programs) -> Iterator[tuple[str, Callable[[], jax.stages
             yield f"catch up {width}{which}", functools.partial(programs.catch_up, S, width, group)
     for source, target in itertools.combinations(range(len(groups)), 2):
         yield f"move {source} to {target}", functools.partial(programs.move, S, source, target)
+    for width in plan.chunks if plan.scoring else ():
+        yield f"score {width}", functools.partial(programs.score, S, width)
     yield "restore", lambda: programs.restore(S)
 
 

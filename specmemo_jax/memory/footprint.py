@@ -28,6 +28,7 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 GPU_ALIGNMENT = 256  # bytes to which XLA's and CUDA's allocators round every buffer
 # What a compiler may do otherwise than the theory says: a share of the generation memory, and bytes.
 MARGIN_SHARE, MARGIN_LEAST = 1 / 128, 2**20
+SCORED_NODES = 8  # whose logits exist at once where given tokens are scored
 MAX_STOP_IDS = 8
 MAX_BAD_WORDS = (16, 8)  # token sequences a row, and tokens of the longest
 
@@ -89,6 +90,7 @@ def footprint(
     score_nodes: int | None = None,
     logit_nodes: int | None = None,
     policy: str = "plan",
+    scoring: bool = False,
     compute_capability: str | None = None,
     reserve: int = 0,
 ) -> Footprint:
@@ -106,6 +108,7 @@ def footprint(
         score_nodes: most nodes whose attention scores exist at once, None for all.
         logit_nodes: most nodes whose logits exist at once, None for all.
         policy: ``"plan"``; ``"unbounded"`` and ``"unbounded-last-row"`` price the baselines.
+        scoring: given tokens are scored, too.
         compute_capability: of a CUDA device, ``"8.0"``; None prices the worse of what a GPU may do.
         reserve: bytes the platform takes before anything is allocated.
     """
@@ -136,6 +139,7 @@ def footprint(
         )
         found = [_step(base, _limited(drafter, nodes), logit_nodes, policy) for nodes in rungs]
         found += [_prefill(base, drafter, width, policy) for width in chunks]
+        found += [_score(base, width) for width in chunks if scoring]
         for program in found:
             known = programs.get(program.name)
             programs[program.name] = program if known is None else max(known, program, key=lambda p: p.bytes)
@@ -214,6 +218,18 @@ def _prefill(base: Pass, drafter: DraftCost | None, width: int, policy: str) -> 
         ]
     inputs = array("tokens and settings", (width + 256,), FULL)
     return _program(f"prefill {width}", peaks, (*beside, inputs, *_emitted(config, base.rows, 0)))
+
+
+def _score(base: Pass, width: int) -> ProgramFootprint:
+    """A prompt's chunk whose every position has its logits, `SCORED_NODES` at a time in a loop."""
+    read = dataclasses.replace(base, rows=1, nodes=width, slots=base.widest, gathered=base.rows > 1)
+    loop = array("hidden states of all parts", (2, width, base.config.hidden_size), FULL)
+    peaks = [*attention(read), *projections(read)]
+    nodes, columns = min(width, SCORED_NODES), -(-base.config.vocab_size // base.shards)
+    scores = array("logits, shifted and exponentiated", (2, nodes, columns), FULL)
+    peaks += [(*live, scores, loop) for live in head(read, nodes, False, 1)]
+    inputs = array("tokens and scores", (4, width + 64), FULL)
+    return _program(f"score {width}", peaks, (inputs, *_emitted(base.config, base.rows, 0)))
 
 
 def _move(config: LlamaConfig, rows: int, shards: int) -> ProgramFootprint:

@@ -65,7 +65,9 @@ class MemoryPlan:
 
     ``capacities``: the cache slots S a row can have; on CPU the cache grows through
     them, elsewhere there is one. ``groups``: rows and their contexts, rising to ``context``, where not all
-    rows have the same; such rows' slots are fewer (`groups_at`). ``chunks``: prefill widths C, largest first.
+    rows have the same; such rows' slots are fewer (`groups_at`).
+    ``scoring``: the plan holds while given tokens are scored (`specmemo_jax.speculate.score`), too.
+    ``chunks``: prefill widths C, largest first.
     ``tree_nodes``: T, 1 without a drafter. ``rungs``: trees to move between, rising from 1 (plain
     decoding) to T. ``score_nodes``, ``logit_nodes``: see `specmemo_jax.speculate.step.Layout`.
     ``footprint`` holds at the largest capacity, in bytes a device of ``shards``.
@@ -96,6 +98,7 @@ class MemoryPlan:
     bounds: Bounds | None = None
     proof: Proof | None = None
     groups: tuple[tuple[int, int], ...] = ()
+    scoring: bool = False
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
@@ -194,6 +197,7 @@ class MemoryPlan:
             device=self.device,
             kv_dtype=self.kv_dtype,
             groups=groups,
+            scoring=self.scoring,
         )
 
     def at(self, tokens: int) -> "MemoryPlan":
@@ -228,6 +232,7 @@ def lay_out(
     workload: Workload | None = None,
     kv_dtype: str | None = None,
     groups: tuple[tuple[int, int], ...] = (),
+    scoring: bool = False,
 ) -> MemoryPlan:
     """One choice of shapes, priced; ``kv_dtype`` None is ``dtype``; ``groups``: `MemoryPlan.groups`. Raises
     for a batch or a context that cannot be.
@@ -266,6 +271,7 @@ def lay_out(
         device=device,
         workload=workload,
         groups=groups,
+        scoring=scoring,
     )
     return _priced(plan, plan.capacities)
 
@@ -301,6 +307,7 @@ def _priced(plan: MemoryPlan, capacities: tuple[int, ...]) -> MemoryPlan:
         score_nodes=plan.score_nodes,
         logit_nodes=plan.logit_nodes,
         policy=plan.policy,
+        scoring=plan.scoring,
         compute_capability=None if plan.device is None else plan.device.compute_capability,
         reserve=0 if plan.device is None else plan.device.reserve_bytes,
     )

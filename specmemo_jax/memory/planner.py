@@ -49,6 +49,7 @@ class Task:
     policy: str = "plan"
     kv_dtype: str | None = None  # None: as ``dtype``
     cache_source: str = ""  # what is known of the effect of a lossy one
+    scoring: bool = False  # given tokens are scored, too
 
     @property
     def platform(self) -> str:
@@ -219,6 +220,7 @@ def _lay_out(
         workload=task.workload,
         kv_dtype=task.kv_dtype,
         groups=groups,
+        scoring=task.scoring,
     )
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from specmemo_jax.draft.protocol import Drafter
+from specmemo_jax.errors import CapacityError
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.packing import Target
 from specmemo_jax.memory.compiled import compiled_memory
@@ -53,6 +54,7 @@ class Engine:
         self._compiled: dict[Key, jax.stages.Compiled] = {}
         self.rows = [None] * plan.batch
         self._held: list[RowLog | None] = [None] * plan.batch
+        self._scored: list[int] = []  # what the last row's cache holds of `score`'s last ids
 
     def close(self) -> None:
         """Free the device state; the engine allocates anew when used again."""
@@ -70,6 +72,7 @@ class Engine:
 
     def _forget(self) -> None:
         self._state = None
+        self._scored = []
         self.rows = [None] * len(self.rows)
         self._held = [None] * len(self.rows)
 
@@ -124,6 +127,8 @@ class Engine:
                     lowered = lower.prefill(capacity, width, sampled, group)
                 case "catch up":
                     lowered = lower.catch_up(capacity, width, group)
+                case "score":
+                    lowered = lower.score(capacity, width)
                 case "move":  # whose width is the other group
                     lowered = lower.move(capacity, group, width)
                 case "restore":
@@ -208,6 +213,7 @@ class Engine:
     def _prefill(self, row: int, ids: Sequence[int], begin: int, request: Request) -> int:
         """Read ``ids`` from ``begin`` on; the token that follows them."""
         first, sampled = None, request.sampling is not None
+        self._scored = []
         self._held[row] = None
         for offset, width in self._chunk_starts(len(ids) - begin):
             start = min(
@@ -229,6 +235,32 @@ class Engine:
         if self.drafter is not None:
             self._catch_up(row, ids, min(held.told, kept), kept)
         return kept
+
+    def score(self, ids: Sequence[int], begin: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each token from position ``begin`` (1 at least) on, its natural log probability after those
+        before it, and whether it is the likeliest there. What the last call read of the same beginning is not
+        read again. No row may be live, and the ids fit the plan's context.
+
+        Raises CapacityError where the plan has no room for scoring (`LLM`'s ``scoring``).
+        """
+        if not self.plan.scoring:
+            raise CapacityError("the plan has no room for scoring; LLM(..., scoring=True) plans for it")
+        self._reserve(len(ids))
+        row, last = self.plan.batch - 1, len(ids) - 1  # the last id is predicted, and not read
+        kept = min(common_prefix(self._scored, ids), begin - 1)
+        self._scored, self._held[row] = [], None
+        found, likeliest = np.zeros(len(ids)), np.zeros(len(ids), bool)
+        for offset, width in self._chunk_starts(last - kept):
+            start = min(kept + offset, self.slots_of(row) - width)
+            end = min(start + width, last)
+            read, following = np.zeros((2, 1, width), np.int32)
+            read[0, : end - start], following[0, : end - start] = ids[start:end], ids[start + 1 : end + 1]
+            program = self._program("score", self.capacity, width)
+            scores = jax.device_get(self._run(program, read, following, np.int32(start), np.int32(row)))
+            for whole, part in zip((found, likeliest), scores, strict=True):
+                whole[start + 1 : end + 1] = part[: end - start]
+        self._scored = list(ids[:last])
+        return found[begin:], likeliest[begin:]
 
     def rebuild(self, row: int, log: RowLog) -> None:
         """Put a row whose cache was lost back, from its ids; it goes on as if nothing had been."""

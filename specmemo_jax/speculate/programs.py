@@ -17,6 +17,7 @@ from specmemo_jax.memory.plan import MemoryPlan
 from specmemo_jax.parallel.sharding import placed, sharding
 from specmemo_jax.speculate.rows import Settings, init_rows
 from specmemo_jax.speculate.sampling import greedy_sampling
+from specmemo_jax.speculate.score import score_chunk
 from specmemo_jax.speculate.step import (
     EngineState,
     Layout,
@@ -83,6 +84,14 @@ class Programs:
         """Telling a drafter that slept: ``f(..., tokens, start, count, row) -> state, None``."""
         static = self.target, self.drafter, self._group(group)
         return self._lower(catch_up, capacity, *static, inputs=_chunk(width))
+
+    def score(self, capacity: int, width: int) -> jax.stages.Lowered:
+        """Scoring ``width`` tokens of a row of the last group:
+        ``f(..., tokens, following, start, row) -> state, (log probability, likeliest)``.
+        """
+        tokens = jax.ShapeDtypeStruct((1, width), jnp.int32)
+        static = self.target, self.plan.score_nodes, self._group(-1)
+        return self._lower(score_chunk, capacity, *static, inputs=(tokens, tokens, _scalar(), _scalar()))
 
     def move(self, capacity: int, source: int, target: int) -> jax.stages.Lowered:
         """Moving a row between two groups: ``f(..., row, to) -> state, None``."""

@@ -106,7 +106,7 @@ def prefill_chunk(
     model = target.merge(leaves)
     C, B = tokens.shape[1], state.rows.lengths.shape[0]
     starts, rows = start[None], row[None]
-    first_row, cache = _first_row(state.caches, group), state.caches[group]
+    own, cache = rows - first_row(state.caches, group), state.caches[group]
     causal = jnp.tril(jnp.ones((1, C, C), bool))
     positions = starts[:, None] + jnp.arange(C)[None, :]
     hidden, new = forward(
@@ -118,7 +118,7 @@ def prefill_chunk(
         starts,
         target.platform,
         score_nodes=layout.score_nodes,
-        rows=rows - first_row,
+        rows=own,
     )
     if layout.prompt_logits:
         scores = last_of_all_logits(model, hidden, count, target.platform)
@@ -135,7 +135,7 @@ def prefill_chunk(
         first = jnp.argmax(scores[0]).astype(jnp.int32)
     # ``first >= 0`` always; it ties the write to the end of all reads (see kv.write).
     starts_now = jnp.where(first >= 0, starts, 0)
-    written = kv.write(cache, new, starts_now, rows - first_row, target.platform)
+    written = kv.write(cache, new, starts_now, own, target.platform)
     caches = (*state.caches[:group], written, *state.caches[group + 1 :])
     settings = dataclasses.replace(settings, left=settings.left - 1)
     advanced = Rows(
@@ -152,7 +152,8 @@ def prefill_chunk(
     return EngineState(caches, advanced, draft), first
 
 
-def _first_row(caches: kv.Caches, group: int) -> int:
+def first_row(caches: kv.Caches, group: int) -> int:
+    """The first row of a group among all."""
     return list(kv.spans(caches))[group].start
 
 
@@ -267,8 +268,8 @@ def move(
     target: Int[Array, ""],
 ) -> tuple[EngineState, None]:
     """Copy row ``source``, live, to row ``target`` of a wider group, where it goes on; ``source`` is done."""
-    at = (source_group, source - _first_row(state.caches, source_group))
-    to = (target_group, target - _first_row(state.caches, target_group))
+    at = (source_group, source - first_row(state.caches, source_group))
+    to = (target_group, target - first_row(state.caches, target_group))
     caches = kv.move_row(state.caches, at, to, platform)
     rows = jax.tree.map(lambda x: x.at[target].set(x[source]), state.rows)
     done = rows.done.at[target].set(False).at[source].set(True)
