@@ -87,10 +87,10 @@ def answers(
     arguments = {"drafter": drafter, "dtype": options.dtype, "max_batch": batch, "max_context": longest}
     arguments["adaptive"] = False  # or a tree that loses would be left for plain decoding, and not be checked
     with LLM(options.model, **arguments) as llm, tqdm(total=len(prompts), disable=None, leave=False) as bar:
-        jobs = [llm._job(*pair, place) for place, pair in enumerate(zip(prompts, params, strict=True))]
+        jobs = [llm.job(*pair, place) for place, pair in enumerate(zip(prompts, params, strict=True))]
         for job in jobs:
             job.request = dataclasses.replace(job.request, reuse=options.sampled)
-        with contextlib.closing(llm._serve(jobs)) as running:
+        with contextlib.closing(llm.run_jobs(jobs)) as running:
             for job in running:
                 bar.update(job.output is not None)
         outputs = [job.output for job in jobs if job.output is not None]

@@ -197,7 +197,7 @@ class ChatSession:
         if params.max_tokens is None:
             most = min(max(LONGEST_ANSWER, params.min_tokens), context - len(ids))
             params = dataclasses.replace(params, max_tokens=most)
-        job = self.llm._job(ids, params, 0)
+        job = self.llm.job(ids, params, 0)
         job.request = dataclasses.replace(job.request, reuse=True)
         asked = Turn(text, "", prompt, (), whole)
         self.stream = ChatStream(self, job, asked, kept, turns[: len(turns) - len(kept)])
@@ -263,7 +263,7 @@ class ChatStream:
         self._text = TextStream(self._run(), job)
 
     def _run(self) -> Generator[Job, None, None]:
-        with contextlib.closing(self._session.llm._serve([self.job], burst=1)) as running:
+        with contextlib.closing(self._session.llm.run_jobs([self.job], burst=1)) as running:
             for job in running:
                 yield job
                 if self._stopped.is_set():

@@ -91,7 +91,7 @@ class SpecMemoLM(TemplateLM):
         """Answers up to a stop string; greedy unless the task asks to sample."""
         prompts, params = [], []
         for request in requests:
-            context, asked = request.args
+            context, asked = request.args[0], request.args[-1]
             until = asked.get("until") or []
             most = asked.get("max_gen_toks", MAX_GEN_TOKENS)
             temperature = asked.get("temperature", 1.0) if asked.get("do_sample") else 0.0

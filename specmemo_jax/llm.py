@@ -40,7 +40,7 @@ from specmemo_jax.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int]
-Progress = Callable[[RequestOutput], None]
+Progress = Callable[[RequestOutput], object]
 Policy = Literal["plan", "unbounded", "unbounded-last-row"]
 
 
@@ -188,7 +188,7 @@ class LLM:
         if not messages:
             raise RequestError("an empty conversation: give at least one message")
         conversations: Sequence[Any] = [messages] if isinstance(messages[0], Mapping) else messages
-        prompts = [self._require_tokenizer().chat_ids(conversation) for conversation in conversations]
+        prompts = [self.need_tokenizer().chat_ids(conversation) for conversation in conversations]
         return self._run(prompts, sampling_params, progress)
 
     def stream(
@@ -198,11 +198,11 @@ class LLM:
 
         A piece never ends inside a character and never shows a part of a stop string.
         """
-        self._require_tokenizer("streams")
+        self.need_tokenizer("streams")
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            prompt = self._require_tokenizer().chat_ids(prompt)  # type: ignore[arg-type]
-        job = self._job(prompt, sampling_params or self.get_default_sampling_params(), 0)  # type: ignore[arg-type]
-        return TextStream(self._serve([job], burst=1), job)
+            prompt = self.need_tokenizer().chat_ids(prompt)  # type: ignore[arg-type]
+        job = self.job(prompt, sampling_params or self.get_default_sampling_params(), 0)  # type: ignore[arg-type]
+        return TextStream(self.run_jobs([job], burst=1), job)
 
     def log_likelihoods(self, ids: Sequence[int], begin: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Of each of ``ids`` from position ``begin`` on: its natural log probability after those before it
@@ -210,7 +210,7 @@ class LLM:
 
         Raises RequestError for ids or a beginning that cannot be, CapacityError without room.
         """
-        ids = self._ids(ids, 0)
+        ids = self.prompt_ids(ids, 0)
         if not 1 <= begin < len(ids):
             would = f"from 1 to {len(ids) - 1}" if len(ids) > 1 else "two ids at least"
             raise RequestError(f"begin {begin} of {len(ids)} ids; {would} would work")
@@ -277,17 +277,19 @@ class LLM:
             raise RequestError(
                 f"{len(given)} SamplingParams for {len(prompts)} prompts; give one, or one each"
             )
-        jobs = [self._job(*pair, place) for place, pair in enumerate(zip(prompts, given, strict=True))]
-        with contextlib.closing(self._serve(jobs)) as running:
+        jobs = [self.job(*pair, place) for place, pair in enumerate(zip(prompts, given, strict=True))]
+        with contextlib.closing(self.run_jobs(jobs)) as running:
             for job in running:
                 if job.output is not None and progress is not None:
                     progress(job.output)
         return [job.output for job in jobs if job.output is not None]
 
-    def _serve(
+    def run_jobs(
         self, jobs: Iterable[Job], burst: int = 8, ahead: int | None = None
     ) -> Generator[Job, None, None]:
-        """`serve`; a call that fails may have eaten its donated buffers, so the next starts afresh."""
+        """`specmemo_jax.serve.serve`: the jobs, each whenever it has grown. A call that fails may have eaten
+        its donated buffers, so the next starts afresh.
+        """
         if any(row is not None for row in self.engine.rows):
             raise RequestError("another call is still running; its end, or closing its stream, would work")
         try:
@@ -299,9 +301,9 @@ class LLM:
             self.engine.close()
             raise
 
-    def _job(self, prompt: Prompt, params: SamplingParams, place: int) -> Job:
-        """One prompt, checked, as the engine takes it."""
-        ids = self._ids(prompt, place)
+    def job(self, prompt: Prompt, params: SamplingParams, place: int) -> Job:
+        """One prompt, checked, as `run_jobs` takes it; ``place`` names it in errors and is its id."""
+        ids = self.prompt_ids(prompt, place)
         for token in params.stop_token_ids or ():
             if token >= self.config.vocab_size:
                 most = self.config.vocab_size - 1
@@ -313,7 +315,7 @@ class LLM:
             sampling=None if params.is_plain else self._sampling(ids, params),
         )
         if params.stop:
-            self._require_tokenizer("stop strings")
+            self.need_tokenizer("stop strings")
         text = None
         if self.tokenizer is not None:
             stop = tuple(params.stop or ())
@@ -323,7 +325,7 @@ class LLM:
     def _sampling(self, ids: Sequence[int], params: SamplingParams) -> Any:
         words: list[list[int]] = []
         if params.bad_words:
-            words = self._require_tokenizer("bad_words").bad_word_ids(tuple(params.bad_words))
+            words = self.need_tokenizer("bad_words").bad_word_ids(tuple(params.bad_words))
         most, longest = self.plan.max_bad_words
         if len(words) > most or any(len(word) > longest for word in words):
             raise RequestError(
@@ -335,14 +337,16 @@ class LLM:
             seed = int(self._seeds.integers(2**63))
         return device_sampling(params, ids, seed, pad_bad_words(words, self.plan))
 
-    def _require_tokenizer(self, what: str = "texts") -> Tokenizer:
+    def need_tokenizer(self, what: str = "texts") -> Tokenizer:
+        """The tokenizer. Raises RequestError, with the reason, where there is none and ``what`` needs one."""
         if self.tokenizer is None:
             raise RequestError(f"{self._no_tokenizer}, which {what} need; lists of token ids would work")
         return self.tokenizer
 
-    def _ids(self, prompt: Prompt, place: int) -> list[int]:
+    def prompt_ids(self, prompt: Prompt, place: int) -> list[int]:
+        """A prompt's token ids. Raises RequestError for what is none."""
         if isinstance(prompt, str):
-            ids: list[Any] = self._require_tokenizer().encode(prompt)
+            ids: list[Any] = self.need_tokenizer().encode(prompt)
         elif isinstance(prompt, Sequence):
             ids = list(prompt)
         else:

@@ -1,11 +1,14 @@
 """Strict JAX for every test: 8 virtual CPU devices, no silent promotion, shapes checked."""
 
+import json
 import os
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -20,3 +23,58 @@ from jaxtyping import install_import_hook
 # The rooms that arrays pass through; the front doors check their own input, and are tested for it.
 ROOMS = ["specmemo_jax.llama", "specmemo_jax.speculate", "specmemo_jax.draft", "specmemo_jax.memory.compiled"]
 install_import_hook(ROOMS, "beartype.beartype")
+
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "eos_token_id": 2,
+}
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Bytes as tokens, and ChatML's specials."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(specials + letters)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(str(folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A tiny chat model in Hugging Face's layout."""
+    from safetensors.numpy import save_file
+
+    from specmemo_jax.llama.config import LlamaConfig
+    from specmemo_jax.testing import tiny_llama
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    tensors = tiny_llama(LlamaConfig.from_dict(CONFIG))
+    save_file({f"model.{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    make_tokenizer(folder)
+    return folder

@@ -86,9 +86,19 @@ def read_lines(path: str | Path, names: frozenset[str] | None, defaults: Samplin
 
 def parse_line(raw: bytes, number: int, names: frozenset[str] | None, defaults: SamplingParams) -> Line:
     """One line; what is wrong with it becomes its ``error``."""
-    custom_id = None
     try:
         record = _object(raw)
+    except LineError as error:
+        return Line(number, error=error)
+    return line_of(record, number, names, defaults)
+
+
+def line_of(
+    record: Mapping[str, Any], number: int, names: frozenset[str] | None, defaults: SamplingParams
+) -> Line:
+    """One line's object; what is wrong with it becomes the line's ``error``."""
+    custom_id = None
+    try:
         custom_id = _custom_id(record)
         url, body = _url_and_body(record)
         return _request(number, custom_id, url, body, names, defaults)

@@ -162,7 +162,7 @@ class _Run:
         """Write a row for each line that is not done."""
         began = time.perf_counter()
         ahead = AHEAD * self.llm.plan.batch
-        with contextlib.closing(self.llm._serve(self._jobs(lines), ahead=ahead)) as running:
+        with contextlib.closing(self.llm.run_jobs(self._jobs(lines), ahead=ahead)) as running:
             for job in running:
                 if job.output is None:
                     continue
@@ -182,7 +182,7 @@ class _Run:
                 self.summary.found_done += 1
                 continue
             try:
-                job = self._job(line)
+                job = job_of(self.llm, line, self.seed)
             except (RequestError, CapacityError) as error:
                 found = error if isinstance(error, LineError) else LineError(str(error))
                 self.writer.write(place, error_row(line, found, self.settings))
@@ -193,21 +193,26 @@ class _Run:
                 yield job
             place += 1
 
-    def _job(self, line: Line) -> Job:
-        if line.error is not None:
-            raise line.error
-        params, prompt = line.params, line.prompt
-        assert params is not None
-        if params.seed is None and not params.is_greedy:
-            # By the line and not by its turn, so that a run that was resumed says the same.
-            digest = hashlib.sha256(f"{self.seed}/{line.key}".encode()).digest()
-            params = dataclasses.replace(params, seed=int.from_bytes(digest[:8], "big"))
-        if line.messages is not None:
-            prompt = tuple(self.llm._require_tokenizer().chat_ids(line.messages))
-        assert prompt is not None
-        if isinstance(prompt, str):
-            prompt = tuple(self.llm._ids(prompt, line.number))
-        if not line.has_limit and params.max_tokens is not None:
-            room = max(self.llm.plan.context - len(prompt), 1)
-            params = dataclasses.replace(params, max_tokens=min(params.max_tokens, room))
-        return self.llm._job(prompt, params, line.number)
+
+def job_of(llm: "LLM", line: Line, seed: int, key: str | None = None) -> Job:
+    """What the engine takes for a line. One without a seed gets its own, of ``seed`` and its ``key`` (the
+    line's, if None): by the line and not by its turn, so that a run that was resumed says the same.
+
+    Raises RequestError or CapacityError for what cannot be answered.
+    """
+    if line.error is not None:
+        raise line.error
+    params, prompt = line.params, line.prompt
+    assert params is not None
+    if params.seed is None and not params.is_greedy:
+        digest = hashlib.sha256(f"{seed}/{key or line.key}".encode()).digest()
+        params = dataclasses.replace(params, seed=int.from_bytes(digest[:8], "big"))
+    if line.messages is not None:
+        prompt = tuple(llm.need_tokenizer().chat_ids(line.messages))
+    assert prompt is not None
+    if isinstance(prompt, str):
+        prompt = tuple(llm.prompt_ids(prompt, line.number))
+    if not line.has_limit and params.max_tokens is not None:
+        room = max(llm.plan.context - len(prompt), 1)
+        params = dataclasses.replace(params, max_tokens=min(params.max_tokens, room))
+    return llm.job(prompt, params, line.number)

@@ -170,8 +170,10 @@ def test_lines_are_read_as_they_are_needed(llm, tmp_path, monkeypatch):
     path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     path.write_text('{"prompt": "a", "max_tokens": 3}\n' * 60)
     read = []
-    jobs = batch_run._Run._job
-    monkeypatch.setattr(batch_run._Run, "_job", lambda self, line: (read.append(line), jobs(self, line))[1])
+    job_of = batch_run.job_of
+    monkeypatch.setattr(
+        batch_run, "job_of", lambda llm, line, seed: (read.append(line), job_of(llm, line, seed))[1]
+    )
     most = 0
 
     def show(summary):
