@@ -22,6 +22,7 @@ class _Figures:
 
     bursts: deque[tuple[int, float, float]] = dataclasses.field(default_factory=deque)
     idle: int = 0
+    losses: int = 0  # times in a row that it was tried and lost
     patience: int = FIRST_PATIENCE
 
     @property
@@ -51,7 +52,7 @@ class TreeChooser:
     `choose` names the next burst's tree and how many steps it may run; `record` takes in what came
     of it. The largest tree runs first, then each other is tried; from there on the one of most tokens
     a second runs, and each other is tried again for a few steps at a time, so seldom that trying costs
-    `PROBE_SHARE` of the time.
+    `PROBE_SHARE` of the time, and half as often each time that it has lost again.
     """
 
     def __init__(self, rungs: Sequence[int]):
@@ -91,5 +92,8 @@ class TreeChooser:
             figures.idle += 0 if rung == nodes else steps
         best = self._figures[self.best]
         lost = max(0.0, used.seconds - used.tokens / best.rate)  # a step's, against the best tree
-        wait = PROBE * lost / (PROBE_SHARE * best.seconds)
-        used.patience = int(min(max(wait, FIRST_PATIENCE), LAST_PATIENCE))
+        wait = max(FIRST_PATIENCE, PROBE * lost / (PROBE_SHARE * best.seconds))
+        used.losses = 0 if used is best else used.losses + 1
+        used.patience = (
+            int(min(wait * 2 ** (used.losses - 1), LAST_PATIENCE)) if used.losses else FIRST_PATIENCE
+        )
