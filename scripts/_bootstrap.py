@@ -32,6 +32,17 @@ def enter(extras: tuple[str, ...] = ()) -> None:
         _restart()
 
 
+def add(extras: tuple[str, ...]) -> bool:
+    """Install more ``extras`` into .venv where the package index has them; says so where it has not."""
+    try:
+        _install(_version(), set(extras))
+    except SystemExit as refused:
+        # Without them as before, and asked for anew the next time.
+        print(f"{refused}; going on without {', '.join(extras)}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
 def _version() -> str:
     """The version of the interpreter in .venv; empty when there is none that runs and is new enough."""
     if not PYTHON.exists():
