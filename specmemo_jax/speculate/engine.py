@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -216,9 +216,8 @@ class Engine:
         self._scored = []
         self._held[row] = None
         for offset, width in self._chunk_starts(len(ids) - begin):
-            start = min(
-                begin + offset, self.slots_of(row) - width
-            )  # the last chunk may not hang over the end
+            # The last chunk may not hang over the end.
+            start = min(begin + offset, self.slots_of(row) - width)
             inputs = self._chunk_inputs(ids[start : start + width], width, start, row, request)
             first = self._run(self.prefill_program(self.capacity, width, sampled, row), *inputs)
         assert first is not None
@@ -326,13 +325,13 @@ class Engine:
         needed = min(len(ids) + self.plan.slack, self.plan.context) + self.plan.slack
         return next((row for row in sorted(free) if slots.slots_of(row) >= needed), None)
 
-    def make_room(self) -> list[tuple[int, int]]:
-        """Move live rows that have no room for a step into free rows of wider groups; ``(from, to)`` each.
+    def make_room(self) -> Iterator[tuple[int, int]]:
+        """Move live rows that have no room for a step into free rows of wider groups; ``(from, to)`` of each,
+        when it has moved.
 
         A row that finds none waits, and is done on the device, until one is free; rows of the widest
         group never wait.
         """
-        moves = []
         for row, log in enumerate(self.rows):
             if log is None or log.finished or self._steps_left(row, log):
                 continue
@@ -348,8 +347,7 @@ class Engine:
             log.waiting = False
             self.rows[to], self.rows[row] = log, None
             self._held[to] = self._held[row] = None
-            moves.append((row, to))
-        return moves
+            yield row, to
 
     def _steps_left(self, row: int, log: RowLog) -> int:
         """Steps of the largest tree for which a row's group has room."""

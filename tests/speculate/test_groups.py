@@ -64,8 +64,9 @@ def answers(engine, params, look=lambda engine: None):
 
     def seen():
         look(engine)
-        moved.extend(moves := make_room())
-        return moves
+        for move in make_room():
+            moved.append(move)
+            yield move
 
     engine.make_room = seen
     try:
