@@ -65,7 +65,7 @@ def example(name: str) -> ModuleType:
 
 def test_all_examples_are_tested_and_say_how_to_run_them():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"generate", "stream", "chat_loop", "sampling", "custom_drafter"}
+    assert names == {"generate", "stream", "chat_loop", "sampling", "custom_drafter", "ray_batch"}
     for name in names:
         assert f"python scripts/examples/{name}.py" in (EXAMPLES / f"{name}.py").read_text()
 

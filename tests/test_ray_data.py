@@ -2,7 +2,9 @@
 
 import json
 import os
+import runpy
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from specmemo_jax import LLM, SamplingParams
 from specmemo_jax.ray_data import Answers
 
+EXAMPLE = Path(__file__).parent.parent / "scripts" / "examples" / "ray_batch.py"
 PROMPTS = [f"question {n}: " + "ab " * (n % 7) for n in range(24)]
 OPTIONS = {"max_batch": 2, "max_tokens": 10, "drafter": "ngram", "tree_nodes": 4, "max_context": 128}
 
@@ -68,9 +71,25 @@ def test_two_workers(tiny_model, alone, tmp_path):
             Here, fn_constructor_kwargs={"model": str(tiny_model), **OPTIONS}, batch_size=4, concurrency=2
         )
         found = {row["custom_id"]: row for row in data.take_all()}
+        runpy.run_path(str(EXAMPLE))["main"](
+            [
+                str(requests),
+                str(tmp_path / "out"),
+                "--model",
+                str(tiny_model),
+                "--max-tokens",
+                "10",
+                "--workers",
+                "1",
+            ]
+        )
     finally:
         ray.shutdown()
     assert found.keys() == {row["custom_id"] for row in rows}
     assert [found[str(n)]["text"] for n in range(len(PROMPTS))] == [answer.text for answer in alone]
     assert "context holds 128" in found["bad"]["error"]
+    written = [json.loads(line) for file in (tmp_path / "out").iterdir() for line in file.open()]
+    assert {row["custom_id"]: row["text"] for row in written} == {
+        key: row["text"] for key, row in found.items()
+    }
     assert len({row["worker"] for row in found.values()}) == 2
