@@ -14,7 +14,7 @@ from specmemo_jax.draft.protocol import Drafter, State, View
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.llama.kv import Groups, Leaf
+from specmemo_jax.llama.kv import Groups, Leaf, RowAt
 from specmemo_jax.llama.model import forward
 from specmemo_jax.llama.packing import Target, abstract_model, abstract_target, merge
 from specmemo_jax.memory.activations import Live, Pass, attention, kept, projections
@@ -155,16 +155,14 @@ class DraftModel(_Drafted):
     def move(
         self,
         state: State,
-        source: tuple[int, Int[Array, ""]],
-        target: tuple[int, Int[Array, ""]],
+        source: RowAt,
+        target: RowAt,
         platform: str,
     ) -> State:
         """What is known of the row, and its part of the cache."""
-        caches, firsts = state.caches, [span.start for span in kv.spans(state.caches)]
-        (group, row), (wide, to) = source, target
-        moved = kv.move_row(caches, (group, row - firsts[group]), (wide, to - firsts[wide]), platform)
+        row, to = source[1], target[1]
         known, unread = (x.at[to].set(x[row]) for x in (state.known, state.unread))
-        return DraftState(moved, known, unread)
+        return DraftState(kv.move_row(state.caches, source, target, platform), known, unread)
 
     def buffers(self, groups: Groups) -> tuple[Buffer, ...]:
         """Weights, cache and the unread tokens."""
@@ -234,14 +232,14 @@ class DraftModel(_Drafted):
         model, positions = self._merge(view), begin[:, None] + columns
         causal = jnp.broadcast_to(jnp.tril(jnp.ones((1, U + C, U + C), bool)), (len(rows), U + C, U + C))
         group = view.group or 0
-        cache, own = state.caches[group], rows - list(kv.spans(state.caches))[group].start
+        cache, own = state.caches[group], rows - kv.first_row(state.caches, group)
         hidden, new = forward(model, (cache,), both, positions, causal, begin, view.platform, rows=own)
         # Always true; it ties the write to the end of all reads (see kv.write).
         begin = jnp.where((hidden[:, 0, 0] < 0).astype(jnp.int32) >= 0, begin, 0)
         written = kv.write(cache, new, begin, own, view.platform)
         return dataclasses.replace(
             state,
-            caches=(*state.caches[:group], written, *state.caches[group + 1 :]),
+            caches=kv.replace(state.caches, group, written),
             known=state.known.at[rows].set(starts + counts),
         )
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.llama.kv import Caches, Groups
+from specmemo_jax.llama.kv import Caches, Groups, RowAt
 from specmemo_jax.llama.model import Llama
 from specmemo_jax.llama.packing import Target
 from specmemo_jax.memory.activations import Live, Pass
@@ -121,8 +121,8 @@ class Drafter(abc.ABC):
     def move(
         self,
         state: State,
-        source: tuple[int, Int[Array, ""]],
-        target: tuple[int, Int[Array, ""]],
+        source: RowAt,
+        target: RowAt,
         platform: str,
     ) -> State:
         """Copy a row's state to another row, both as ``(group, row)``; here every leaf's first axis."""

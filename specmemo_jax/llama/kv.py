@@ -19,6 +19,7 @@ Leaf = Any  # an array, or what JAX puts in its place when a state is described 
 KVCache = tuple[tuple[Leaf, Leaf], ...]  # of arrays, or of `Quantized`
 Caches = tuple[KVCache, ...]  # a group's each, in the order of their rows
 NewKV = tuple[tuple[Leaf, Leaf], ...]
+RowAt = tuple[int, Int[Array, ""]]  # a row among all, and before it the group that it is of
 # Logical axes of each buffer, as parameters carry theirs in their metadata.
 KV_AXES = ("batch", "kv_heads", "context", "head_dim")
 _MOST = 127  # of int8, so that a range is symmetric
@@ -155,18 +156,23 @@ def write_every(caches: Caches, new: NewKV, starts: Int[Array, " B"], platform: 
     return tuple(written)
 
 
-def move_row(
-    caches: Caches,
-    source: tuple[int, Int[Array, ""]],
-    target: tuple[int, Int[Array, ""]],
-    platform: str,
-) -> Caches:
-    """Copy a row to another, wider group: both as ``(group, row within the group)``."""
+def first_row(caches: Caches, group: int) -> int:
+    """The first row of a group among all."""
+    return list(spans(caches))[group].start
+
+
+def replace(caches: Caches, group: int, cache: KVCache) -> Caches:
+    """The caches with another one for a group."""
+    return (*caches[:group], cache, *caches[group + 1 :])
+
+
+def move_row(caches: Caches, source: RowAt, target: RowAt, platform: str) -> Caches:
+    """Copy a row to one of a wider group."""
     (narrow, row), (wide, to) = source, target
-    mine = jax.tree.map(lambda buffer: jax.lax.dynamic_slice_in_dim(buffer, row, 1), caches[narrow])
-    start = jnp.zeros((1,), jnp.int32)
-    moved = write(caches[wide], mine, start, to[None], platform)
-    return tuple(moved if group == wide else cache for group, cache in enumerate(caches))
+    own, place = row - first_row(caches, narrow), to - first_row(caches, wide)
+    mine = jax.tree.map(lambda buffer: jax.lax.dynamic_slice_in_dim(buffer, own, 1), caches[narrow])
+    moved = write(caches[wide], mine, jnp.zeros((1,), jnp.int32), place[None], platform)
+    return replace(caches, wide, moved)
 
 
 def _put(buffer: Array, values: Array, starts: Int[Array, " R"], rows: Int[Array, " R"]) -> Array:

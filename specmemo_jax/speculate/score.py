@@ -12,7 +12,7 @@ from specmemo_jax.llama import kv
 from specmemo_jax.llama.model import by_parts, forward, logits
 from specmemo_jax.llama.packing import Target
 from specmemo_jax.memory.footprint import SCORED_NODES
-from specmemo_jax.speculate.step import EngineState, first_row
+from specmemo_jax.speculate.step import EngineState
 
 
 def score_chunk(
@@ -31,7 +31,7 @@ def score_chunk(
     log probability there and whether it is the likeliest. Only the cache of the row changes.
     """
     model, cache = target.merge(leaves), state.caches[group]
-    C, starts, own = tokens.shape[1], start[None], row[None] - first_row(state.caches, group)
+    C, starts, own = tokens.shape[1], start[None], row[None] - kv.first_row(state.caches, group)
     causal = jnp.tril(jnp.ones((1, C, C), bool))
     positions = starts[:, None] + jnp.arange(C)[None, :]
     hidden, new = forward(
@@ -49,5 +49,5 @@ def score_chunk(
     # Always true; it ties the write to the end of all reads (see kv.write).
     begin = jnp.where(found[-1, 1] >= 0, starts, 0)
     written = kv.write(cache, new, begin, own, target.platform)
-    caches = (*state.caches[:group], written, *state.caches[group + 1 :])
+    caches = kv.replace(state.caches, group, written)
     return EngineState(caches, state.rows, state.draft), (found[:, 0], found[:, 1] > 0)

@@ -106,7 +106,7 @@ def prefill_chunk(
     model = target.merge(leaves)
     C, B = tokens.shape[1], state.rows.lengths.shape[0]
     starts, rows = start[None], row[None]
-    own, cache = rows - first_row(state.caches, group), state.caches[group]
+    own, cache = rows - kv.first_row(state.caches, group), state.caches[group]
     causal = jnp.tril(jnp.ones((1, C, C), bool))
     positions = starts[:, None] + jnp.arange(C)[None, :]
     hidden, new = forward(
@@ -136,7 +136,7 @@ def prefill_chunk(
     # ``first >= 0`` always; it ties the write to the end of all reads (see kv.write).
     starts_now = jnp.where(first >= 0, starts, 0)
     written = kv.write(cache, new, starts_now, own, target.platform)
-    caches = (*state.caches[:group], written, *state.caches[group + 1 :])
+    caches = kv.replace(state.caches, group, written)
     settings = dataclasses.replace(settings, left=settings.left - 1)
     advanced = Rows(
         lengths=state.rows.lengths.at[row].set(start + count),
@@ -150,11 +150,6 @@ def prefill_chunk(
         view = View(weights, model, state.caches, target.platform, group)
         draft = drafter.observe(view, draft, rows, tokens, starts, count[None])
     return EngineState(caches, advanced, draft), first
-
-
-def first_row(caches: kv.Caches, group: int) -> int:
-    """The first row of a group among all."""
-    return list(kv.spans(caches))[group].start
 
 
 def _read(
@@ -268,14 +263,13 @@ def move(
     target: Int[Array, ""],
 ) -> tuple[EngineState, None]:
     """Copy row ``source``, live, to row ``target`` of a wider group, where it goes on; ``source`` is done."""
-    at = (source_group, source - first_row(state.caches, source_group))
-    to = (target_group, target - first_row(state.caches, target_group))
+    at, to = (source_group, source), (target_group, target)
     caches = kv.move_row(state.caches, at, to, platform)
     rows = jax.tree.map(lambda x: x.at[target].set(x[source]), state.rows)
     done = rows.done.at[target].set(False).at[source].set(True)
     draft = state.draft
     if drafter is not None:
-        draft = drafter.move(draft, (source_group, source), (target_group, target), platform)
+        draft = drafter.move(draft, at, to, platform)
     return EngineState(caches, dataclasses.replace(rows, done=done), draft), None
 
 

@@ -219,7 +219,7 @@ def test_a_moved_row_is_written_where_it_belongs():
     caches = kv.init_caches(1, Groups(((2, 4), (2, 8))), 1, 2, jnp.dtype("float32"))
     (pair,), wide = caches
     keys = pair[0].at[1].set(jnp.arange(8.0).reshape(1, 4, 2))
-    moved = kv.move_row((((keys, pair[1]),), wide), (0, jnp.int32(1)), (1, jnp.int32(0)), "cpu")
+    moved = kv.move_row((((keys, pair[1]),), wide), (0, jnp.int32(1)), (1, jnp.int32(2)), "cpu")
     np.testing.assert_array_equal(moved[1][0][0][0, :, :4], keys[1])
     assert not moved[1][0][0][1].any()
     assert not moved[1][0][0][0, :, 4:].any()
