@@ -3,7 +3,7 @@
     python scripts/check_planner.py                        # 1,000 requests on CPU and, described, CUDA GPUs
     python scripts/check_planner.py --devices cpu --jobs 2 # without the plugin that describes CUDA GPUs
     python scripts/check_planner.py --theory               # nothing compiled
-    python scripts/check_planner.py --requests 6000 --drafter llama-3.2-1b-instruct  # 200 that ask for it
+    python scripts/check_planner.py --requests 3000 --drafter llama-3.2-1b-instruct  # some 90 that ask for it
 
 Every refusal is tried again at the least budget it names (a plan must come) and one byte below it (none
 may). Every plan is then compiled from shapes alone, its two hungriest programs by theory (all of them with

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specmemo_jax.cli import options
+from specmemo_jax.cli.counts import row_count
 
 if TYPE_CHECKING:
     from specmemo_jax.batch import BatchSummary
@@ -86,7 +87,7 @@ def batch(
     from specmemo_jax.loading import open_model
     from specmemo_jax.sampling_params import SamplingParams
 
-    rows = options.rows("--max-batch", max_batch)
+    rows = row_count("--max-batch", max_batch)
     defaults = SamplingParams(temperature=temperature or 0.0, top_p=top_p, max_tokens=max_tokens)
     lengths: tuple[int, ...] = ()
     if rows != 1:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from specmemo_jax.cli import options
+from specmemo_jax.cli.counts import count, row_count
 from specmemo_jax.cli.failures import describe
 from specmemo_jax.cli.help import GroupedHelp
 from specmemo_jax.errors import ConfigError, SpecMemoError
@@ -74,7 +75,7 @@ def plan(
     with _refusals(as_json):
         name = _model(model, model_option)
         numbers = {
-            "batch": options.rows("--batch", batch),
+            "batch": row_count("--batch", batch),
             "context": _count("--context", context),
             "prompt_tokens": _count("--prompt-tokens", prompt_tokens),
             "new_tokens": _count("--new-tokens", new_tokens),
@@ -145,7 +146,7 @@ def _model(argument: str | None, option: str | None) -> str:
 
 
 def _count(option: str, text: str | None) -> int | None:
-    return None if text is None else options.count(option, text)
+    return None if text is None else count(option, text)
 
 
 @contextmanager
