@@ -277,9 +277,10 @@ def test_in_a_terminal(tiny_model, tmp_path):
         until(b"Ctrl-C again ends")
         os.write(shell, b"/stats\n")
         until(b"plan's peak")
-        until(b">>> ", 4)
+        until(b">>> ", 5)  # one after Ctrl-C, one after the figures: a Ctrl-D before its prompt is lost
         os.write(shell, b"\x04")
         assert process.wait(60) == 0
     finally:
         process.kill()
+        process.wait()
         os.close(shell)
