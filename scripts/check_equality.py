@@ -2,6 +2,7 @@
 
     python scripts/check_equality.py                    # greedy, against the bundled MT-Bench reference
     python scripts/check_equality.py --sampled          # seeded, against this engine's plain decoding
+    python scripts/check_equality.py --batches 2 8 --mixed --groups   # 1 to 64 tokens an answer; rows move
     python scripts/check_equality.py --reference FILE.jsonl --dtype bfloat16
 
 A reference line holds ``prompt_ids`` and ``new_ids`` (here: transformers + torch, float32, 64 tokens).
@@ -81,11 +82,15 @@ def answers(
     batch: int,
     prompts: Sequence[Sequence[int]],
     params: Sequence[SamplingParams],
-) -> tuple[list[list[int]], float]:
-    """Every prompt's token ids, and the mean accepted length."""
+) -> tuple[list[list[int]], str]:
+    """Every prompt's token ids, and how they came."""
     longest = max(len(p) + (s.max_tokens or 0) for p, s in zip(prompts, params, strict=True))
     arguments = {"drafter": drafter, "dtype": options.dtype, "max_batch": batch, "max_context": longest}
     arguments["adaptive"] = False  # or a tree that loses would be left for plain decoding, and not be checked
+    if options.groups:
+        arguments["request_tokens"] = [
+            len(p) + (s.max_tokens or 0) for p, s in zip(prompts, params, strict=True)
+        ]
     with LLM(options.model, **arguments) as llm, tqdm(total=len(prompts), disable=None, leave=False) as bar:
         jobs = [llm.job(*pair, place) for place, pair in enumerate(zip(prompts, params, strict=True))]
         for job in jobs:
@@ -94,9 +99,14 @@ def answers(
             for job in running:
                 bar.update(job.output is not None)
         outputs = [job.output for job in jobs if job.output is not None]
+        moves = llm.engine.moved_rows
+        laid = " + ".join(f"{rows} of {context}" for rows, context in llm.plan.groups)
     steps = sum(output.metrics.steps for output in outputs)
     tokens = sum(sum(output.metrics.accepted_lengths) for output in outputs)
-    return [list(output.outputs[0].token_ids) for output in outputs], tokens / max(steps, 1)
+    said = f"mean accepted length {tokens / max(steps, 1):.3f}"
+    if laid:
+        said += f", rows {laid}, {moves} moves"
+    return [list(output.outputs[0].token_ids) for output in outputs], said
 
 
 def main() -> int:
@@ -108,6 +118,10 @@ def main() -> int:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--sampled", action="store_true", help="seeded settings against plain decoding")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens an answer")
+    parser.add_argument("--mixed", action="store_true", help="answers of mixed lengths, up to --new-tokens")
+    parser.add_argument(
+        "--groups", action="store_true", help="rows in groups of fitting width, which they outgrow"
+    )
     parser.add_argument("--limit", type=int, help="only the first rows of the reference")
     options = parser.parse_args()
     known = drafters(options.model)
@@ -115,28 +129,31 @@ def main() -> int:
         parser.error(f"no drafter {', '.join(map(repr, unknown))}; {', '.join(map(repr, known))} work")
     rows = [json.loads(line) for line in options.reference.read_text().splitlines()][: options.limit]
     prompts = [row["prompt_ids"] for row in rows]
-    n = options.new_tokens
+
+    def length(place: int) -> int:
+        return 1 + place * 37 % options.new_tokens if options.mixed else options.new_tokens
+
     if options.sampled:
         every = list(product(range(len(prompts)), SETTINGS))
         params = [
-            SamplingParams(seed=place, max_tokens=n, **SETTINGS[name])
+            SamplingParams(seed=place, max_tokens=length(place), **SETTINGS[name])
             for place, (_, name) in enumerate(every)
         ]
         labels = [name for _, name in every]
         prompts = [prompts[row] for row, _ in every]
         want, _ = answers(options, None, 1, prompts, params)
     else:
-        params = [SamplingParams(temperature=0, max_tokens=n)] * len(rows)
-        labels, want = ["greedy"] * len(rows), [row["new_ids"][:n] for row in rows]
+        params = [SamplingParams(temperature=0, max_tokens=length(place)) for place in range(len(rows))]
+        labels, want = ["greedy"] * len(rows), [row["new_ids"][: length(i)] for i, row in enumerate(rows)]
     failed = 0
     for batch in options.batches:
         for name in options.drafters or known:
             start = time.perf_counter()
-            got, accepted = answers(options, known[name](), batch, prompts, params)
+            got, said = answers(options, known[name](), batch, prompts, params)
             wrong = [i for i, pair in enumerate(zip(got, want, strict=True)) if pair[0] != pair[1]]
             print(
                 f"{options.dtype} batch {batch} {name:<16} equal {len(prompts) - len(wrong)}/{len(prompts)}  "
-                f"mean accepted length {accepted:.3f}  ({time.perf_counter() - start:.0f} s)",
+                f"{said}  ({time.perf_counter() - start:.0f} s)",
                 flush=True,
             )
             for i in wrong:

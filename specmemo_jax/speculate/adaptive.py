@@ -14,6 +14,7 @@ WINDOW = 32  # steps of a tree that its figures are taken over
 PROBE = 4  # steps a tree is tried for
 FIRST_PATIENCE, LAST_PATIENCE = 32, 1024  # steps until a losing tree is tried again
 PROBE_SHARE = 0.01  # of the time, the most that trying one losing tree may cost
+ROWS_MARGIN = 0.05  # what trees must win by where rows share a step: they end apart, and places stay empty
 
 
 @dataclasses.dataclass
@@ -52,11 +53,12 @@ class TreeChooser:
     `choose` names the next burst's tree and how many steps it may run; `record` takes in what came
     of it. The largest tree runs first, then each other is tried; from there on the one of most tokens
     a second runs, and each other is tried again for a few steps at a time, so seldom that trying costs
-    `PROBE_SHARE` of the time, and half as often each time that it has lost again.
+    `PROBE_SHARE` of the time, and half as often each time that it has lost again. A tree that is faster
+    than plain decoding by less than ``margin`` (a share) does not count as faster.
     """
 
-    def __init__(self, rungs: Sequence[int]):
-        self.rungs = tuple(rungs)
+    def __init__(self, rungs: Sequence[int], margin: float = 0):
+        self.rungs, self.margin = tuple(rungs), margin
         self._figures = {rung: _Figures() for rung in self.rungs}
         self._steps = 0
 
@@ -79,8 +81,9 @@ class TreeChooser:
 
     @property
     def best(self) -> int:
-        """The tree of most tokens a second so far."""
-        return max((r for r in self.rungs if self._figures[r].bursts), key=lambda r: self._figures[r].rate)
+        """The tree of most tokens a second so far, the margin counted."""
+        tried = [rung for rung in self.rungs if self._figures[rung].bursts]
+        return max(tried, key=lambda r: self._figures[r].rate * (1 + self.margin if r == 1 else 1))
 
     def record(self, nodes: int, steps: int, seconds: float, tokens: float) -> None:
         """``steps`` steps of a tree took ``seconds`` and gave a row ``tokens`` in all, on average."""

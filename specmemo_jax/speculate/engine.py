@@ -1,6 +1,7 @@
 """The engine: owns the device state, runs the jitted programs, and hands out tokens in bursts."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -14,12 +15,14 @@ from specmemo_jax.llama import kv
 from specmemo_jax.llama.packing import Target
 from specmemo_jax.memory.compiled import compiled_memory
 from specmemo_jax.memory.plan import MemoryPlan
-from specmemo_jax.speculate.adaptive import TreeChooser
+from specmemo_jax.speculate.adaptive import ROWS_MARGIN, TreeChooser
 from specmemo_jax.speculate.programs import Programs
 from specmemo_jax.speculate.row_log import Request, RowLog, chunk_starts, common_prefix, history_of
 from specmemo_jax.speculate.rows import Settings
 from specmemo_jax.speculate.sampling import Sampling, greedy_sampling
 from specmemo_jax.speculate.step import EngineState
+
+SHORTEST_BURST = 0.02  # seconds: reading after every short step would cost more than a row's idle place
 
 Key = tuple[str, int, int, bool, int]  # kind, capacity, width, sampled, group
 
@@ -36,7 +39,7 @@ class Engine:
     def __init__(self, target: Target, drafter: Drafter | None, plan: MemoryPlan, adaptive: bool = False):
         self.target, self.adaptive = target, adaptive
         self.draft_weights = () if drafter is None else drafter.weights(target)
-        self.prefilled_tokens = 0
+        self.prefilled_tokens = self.moved_rows = 0
         self._state: EngineState | None = None
         self.rows: list[RowLog | None] = []
         self.replan(drafter, plan)
@@ -50,11 +53,13 @@ class Engine:
         if drafter is None:
             self.draft_weights = ()
         self.programs = Programs(self.target, drafter, plan)
-        self.chooser = TreeChooser(plan.rungs) if self.adaptive and len(plan.rungs) > 1 else None
+        margin = ROWS_MARGIN if plan.batch > 1 else 0
+        self.chooser = TreeChooser(plan.rungs, margin) if self.adaptive and len(plan.rungs) > 1 else None
         self._compiled: dict[Key, jax.stages.Compiled] = {}
         self.rows = [None] * plan.batch
         self._held: list[RowLog | None] = [None] * plan.batch
         self._scored: list[int] = []  # what the last row's cache holds of `score`'s last ids
+        self._step_seconds: dict[int, float] = {}  # of the last burst of each tree
 
     def close(self) -> None:
         """Free the device state; the engine allocates anew when used again."""
@@ -345,6 +350,7 @@ class Engine:
             program = self._program("move", self.capacity, wide, group=group)
             self._run(program, np.int32(row), np.int32(to))
             log.waiting = False
+            self.moved_rows += 1
             self.rows[to], self.rows[row] = log, None
             self._held[to] = self._held[row] = None
             yield row, to
@@ -368,10 +374,12 @@ class Engine:
             rows = dataclasses.replace(rows, done=rows.done.at[row].set(True))
             self._state = dataclasses.replace(self._state, rows=rows)
 
-    def burst(self, max_steps: int = 8) -> None:
+    def burst(self, max_steps: int = 8, refill: bool = False) -> None:
         """Run up to ``max_steps`` steps without waiting in between, then read what they emitted.
 
-        Rows in groups need `make_room` before it.
+        ``refill``: others wait for a place, so that no more steps are run than the first row to end is
+        thought to need, but for as many as take `SHORTEST_BURST` seconds. Rows in groups need `make_room`
+        before it.
         """
         going = {row: log for row, log in enumerate(self.rows) if log is not None and log.going}
         live = list(going.values())
@@ -383,6 +391,9 @@ class Engine:
             nodes, max_steps = self.chooser.choose(max_steps)
         deepest = self._max_depth(nodes) + 1
         steps = max(1, min(max_steps, -(-max(log.left for log in live) // deepest)))
+        if refill and (took := self._step_seconds.get(nodes)):
+            first = min(log.steps_to_end(nodes) for log in live)
+            steps = min(steps, max(first, math.ceil(SHORTEST_BURST / took)))
         self._reserve(max(len(log.ids) for log in live) + steps * deepest)
         step = self.step_program(self.capacity, any(log.sampled for log in live), nodes)
         for row, log in going.items():
@@ -394,6 +405,7 @@ class Engine:
             emitted.append((out.tokens, out.counts, out.live))
         results = jax.device_get(emitted)
         seconds = time.perf_counter() - began
+        self._step_seconds[nodes] = seconds / steps
         turns = tokens_of_all = 0  # a row's part in a step is a turn
         for result in results:
             for log, tokens, count, took_part in zip(self.rows, *result, strict=True):

@@ -1,11 +1,15 @@
 """What the host knows of a row: the request it was admitted with, and every id since."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 
 from specmemo_jax.speculate.sampling import OUTPUT, Sampling
+
+PACE_STEPS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,12 @@ class RowLog:
     def left(self) -> int:
         """Tokens that it may still emit."""
         return self.request.max_tokens - len(self.new_ids)
+
+    def steps_to_end(self, nodes: int) -> int:
+        """Steps of a tree until its budget is spent, at the pace of its last steps of that tree."""
+        paired = zip(reversed(self.accepted_lengths), reversed(self.tree_nodes), strict=True)
+        last = list(islice((tokens for tokens, tree in paired if tree == nodes), PACE_STEPS))
+        return math.ceil(self.left * len(last) / sum(last)) if last else self.left
 
     @property
     def stopped(self) -> bool:

@@ -51,3 +51,11 @@ def test_one_tree_needs_no_choice_and_short_answers_no_second_program():
     assert chooser.ahead(8) == (8,)
     assert chooser.ahead(100) == (1, 8)
     assert chooser.choose(8) == (8, 8)
+
+
+def test_a_small_gain_over_plain_decoding_does_not_count_as_one_within_the_margin():
+    seconds = {1: 1.0, 4: 1.0, 8: 1.0}
+    _, _, used = run(TreeChooser((1, 4, 8), margin=0.05), seconds, {1: 1.0, 4: 1.01, 8: 1.04})
+    assert used[1] > 3800
+    _, _, used = run(TreeChooser((1, 4, 8), margin=0.05), seconds, {1: 1.0, 4: 1.1, 8: 1.11})
+    assert used[8] > 3000  # trees are held against each other as they are

@@ -299,3 +299,27 @@ def test_an_int8_cache_is_read_about_right(dtype):
     exact = [log.new_ids[0] for log in generate(None, PROMPTS, max_tokens=1)]
     lossy = [log.new_ids[0] for log in generate(None, PROMPTS, max_tokens=1, dtype=dtype, kv_dtype="int8")]
     assert sum(a == b for a, b in zip(exact, lossy, strict=True)) >= 3
+
+
+@pytest.mark.parametrize(
+    ("refill", "shortest", "ran"), [(True, 0, 3), (False, 0, 8), (True, 3600, 8)], ids=str
+)
+def test_a_burst_ends_with_the_first_row_where_others_wait(monkeypatch, refill, shortest, ran):
+    monkeypatch.setattr("specmemo_jax.speculate.engine.SHORTEST_BURST", shortest)
+    engine = engine_for(None, 4, 256, "float32")
+    try:
+        for row, tokens in enumerate((40, 5)):
+            engine.admit(row, Request(PROMPTS[row], tokens))
+        engine.burst(1)
+        engine.burst(8, refill)
+        assert len(engine.rows[0].accepted_lengths) == 1 + ran
+        assert engine.rows[1].finished
+    finally:
+        engine.close()
+
+
+def test_how_long_a_row_will_go_is_told_by_its_pace():
+    log = RowLog(Request([1], 21), [1, 2])
+    assert log.steps_to_end(1) == log.steps_to_end(8) == 20
+    log.accepted_lengths, log.tree_nodes = [1, 4, 2], [1, 8, 8]
+    assert (log.steps_to_end(1), log.steps_to_end(8)) == (20, 7)
