@@ -3,20 +3,29 @@
     python scripts/bench_batch.py                              # batch 1 to 32, 40 bundled MT-Bench prompts
     python scripts/bench_batch.py --batches 1,10 --drafter self:6
     python scripts/bench_batch.py --refill --batches 8         # 200 rows of mixed lengths against equal ones
+    python scripts/bench_batch.py --mixing --batches 4,10      # what prompts read inside the steps could save
 
 One run; for each batch size both engines answer the same rows, a round of one and then of the other, more
 rows than the batch holds, so that finished rows are refilled. Speeds count the answers' tokens over the whole
-time, prefill included. Trees move as they pay (adaptive), as a user has them.
+time, prefill included. Trees move as they pay (adaptive), as a user has them. ``--mixing`` bounds from above
+what chunks that hold the rows' steps, too, would save: such a pass takes at least as long as a chunk, holds
+fewer tokens of the prompt by the batch, and saves one step.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
+import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from specmemo_jax import LLM, RequestOutput, SamplingParams
+from specmemo_jax.speculate.engine import Engine
+from specmemo_jax.speculate.row_log import Request
 
 BUNDLED = Path(__file__).parent.parent / "tests" / "data" / "mt_bench_reference.jsonl"
 
@@ -31,13 +40,16 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--max-context", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=4, help="rows a place of the batch, 8 at least in all")
     parser.add_argument("--refill", action="store_true")
+    parser.add_argument("--mixing", action="store_true")
     options = parser.parse_args()
     prompts = [json.loads(line)["prompt_ids"] for line in BUNDLED.read_text(encoding="utf-8").splitlines()]
     room = options.max_context - options.new_tokens
     prompts = [ids for ids in prompts if len(ids) <= room]
     batches = [int(text) for text in options.batches.split(",")]
-    return (refilled if options.refill else compared)(options, prompts, batches)
+    measure = mixing if options.mixing else refilled if options.refill else compared
+    return measure(options, prompts, batches)
 
 
 def engine(options: argparse.Namespace, batch: int, drafter: str | None) -> LLM:
@@ -63,7 +75,7 @@ def compared(options: argparse.Namespace, prompts: list, batches: list[int]) -> 
         f"{'batch':>5}{'plain':>9}{'specul.':>9}{'ratio':>7}{'accepted':>10}{'mean tree':>10}  over batch 1"
     )
     for batch in batches:
-        rows = [prompts[n % len(prompts)] for n in range(max(8, 2 * batch))]
+        rows = [prompts[n % len(prompts)] for n in range(max(8, options.rows * batch))]
         speeds: dict[str, list[float]] = {"plain": [], "speculative": []}
         steps, tokens, nodes, answers = 0, 0, 0, {}
         with engine(options, batch, None) as plain, engine(options, batch, options.drafter) as speculative:
@@ -115,6 +127,50 @@ def refilled(options: argparse.Namespace, prompts: list, batches: list[int]) -> 
             flush=True,
         )
     return 0
+
+
+def mixing(options: argparse.Namespace, prompts: list, batches: list[int]) -> int:
+    """The most that reading chunks inside the steps would save, of the time of one answer."""
+    new, ids = options.new_tokens, [token for prompt in prompts for token in prompt]
+    for batch in batches:
+        with engine(options, batch, None) as llm:
+            for row in range(batch):
+                llm.engine.admit(row, Request(prompts[row % len(prompts)], new))
+            step = median_of(lambda: llm.engine.burst(4), options.rounds) / 4
+            for width in llm.plan.chunks:
+                if width <= batch:
+                    continue
+                chunk = chunk_seconds(options, llm, ids, width)
+                apart, mixed = (
+                    statistics.mean(math.ceil(len(prompt) / room) for prompt in prompts)
+                    for room in (width, width - batch)
+                )
+                before = apart * chunk + new / batch * step
+                after = mixed * chunk + max(0, new / batch - mixed) * step
+                print(
+                    f"batch {batch}: step {step * 1e3:.1f} ms, chunk of {width} {chunk * 1e3:.1f} ms, "
+                    f"{apart:.1f} of them an answer ({mixed:.1f} where they hold the rows, too): at most "
+                    f"{1 - after / before:.1%} of an answer's time",
+                    flush=True,
+                )
+    return 0
+
+
+def chunk_seconds(options: argparse.Namespace, llm: LLM, ids: list[int], width: int) -> float:
+    """Of one chunk, until its token is read."""
+    one = Engine(llm.target, None, dataclasses.replace(llm.plan, chunks=(width, width)))
+    with contextlib.closing(one):
+        return median_of(lambda: one.admit(0, Request(ids[:width], 1)), options.rounds)
+
+
+def median_of(call: Callable[[], object], rounds: int) -> float:
+    """Seconds of a call, the median of ``rounds`` after two that compile."""
+    times = []
+    for _ in range(rounds + 2):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[2:])
 
 
 if __name__ == "__main__":
