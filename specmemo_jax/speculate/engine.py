@@ -13,9 +13,9 @@ from specmemo_jax.draft.protocol import Drafter
 from specmemo_jax.errors import CapacityError
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.packing import Target
-from specmemo_jax.memory.compiled import compiled_memory
 from specmemo_jax.memory.plan import MemoryPlan
 from specmemo_jax.speculate.adaptive import ROWS_MARGIN, TreeChooser
+from specmemo_jax.speculate.program_cache import Kind, ProgramCache
 from specmemo_jax.speculate.programs import Programs
 from specmemo_jax.speculate.row_log import Request, RowLog, chunk_starts, common_prefix, history_of
 from specmemo_jax.speculate.rows import Settings
@@ -23,8 +23,6 @@ from specmemo_jax.speculate.sampling import Sampling, greedy_sampling
 from specmemo_jax.speculate.step import EngineState
 
 SHORTEST_BURST = 0.02  # seconds: reading after every short step would cost more than a row's idle place
-
-Key = tuple[str, int, int, bool, int]  # kind, capacity, width, sampled, group
 
 
 class Engine:
@@ -55,7 +53,7 @@ class Engine:
         self.programs = Programs(self.target, drafter, plan)
         margin = ROWS_MARGIN if plan.batch > 1 else 0
         self.chooser = TreeChooser(plan.rungs, margin) if self.adaptive and len(plan.rungs) > 1 else None
-        self._compiled: dict[Key, jax.stages.Compiled] = {}
+        self._compiled = ProgramCache(self.programs)
         self.rows = [None] * plan.batch
         self._held: list[RowLog | None] = [None] * plan.batch
         self._scored: list[int] = []  # what the last row's cache holds of `score`'s last ids
@@ -100,48 +98,24 @@ class Engine:
             for leaf in jax.tree.leaves(self.draft_weights)
             if not any(leaf is shared for shared in self.target.leaves)
         ]
-        programs = [c for (_, capacity, *_), c in self._compiled.items() if capacity == self.capacity]
-        extra = max((compiled_memory(program).extra for program in programs), default=0)
-        return sum(leaf.nbytes for leaf in arrays) + extra
+        return sum(leaf.nbytes for leaf in arrays) + self._compiled.most_extra_bytes(self.capacity)
 
     def step_program(
         self, capacity: int, sampled: bool = False, nodes: int | None = None, record: bool = False
     ) -> jax.stages.Compiled:
         """`Programs.step`, compiled: ``f(leaves, draft_weights, state)``."""
         nodes = self.plan.tree_nodes if nodes is None else nodes
-        kind = "recording step" if record else "step"
-        return self._program(kind, capacity, nodes, sampled)
+        kind: Kind = "recording step" if record else "step"
+        return self._compiled.get(kind, capacity, nodes, sampled)
 
     def prefill_program(
         self, capacity: int, width: int, sampled: bool = False, row: int = 0
     ) -> jax.stages.Compiled:
         """`Programs.prefill` for the group of ``row``, compiled."""
-        return self._program("prefill", capacity, width, sampled, self._group(row))
+        return self._compiled.get("prefill", capacity, width, sampled, self._group(row))
 
     def _group(self, row: int) -> int:
         return self.plan.groups_at(0).place(row)[0]
-
-    def _program(
-        self, kind: str, capacity: int, width: int = 0, sampled: bool = False, group: int = 0
-    ) -> jax.stages.Compiled:
-        key = (kind, capacity, width, sampled, group)
-        if key not in self._compiled:
-            lower = self.programs
-            match kind:
-                case "prefill":
-                    lowered = lower.prefill(capacity, width, sampled, group)
-                case "catch up":
-                    lowered = lower.catch_up(capacity, width, group)
-                case "score":
-                    lowered = lower.score(capacity, width)
-                case "move":  # whose width is the other group
-                    lowered = lower.move(capacity, group, width)
-                case "restore":
-                    lowered = lower.restore(capacity)
-                case _:
-                    lowered = lower.step(capacity, sampled, width, record=kind == "recording step")
-            self._compiled[key] = self.programs.compile(lowered)
-        return self._compiled[key]
 
     def _run(self, program: jax.stages.Compiled, *inputs: Any) -> Any:
         """Advance the state by a program; what else it gives is returned."""
@@ -166,19 +140,18 @@ class Engine:
             for _, width in self._chunk_starts(len(request.prompt))
         }
         # Steps over empty rows, and prefill of a group's row as one that is done at once.
-        for kind, width, sampled, row in sorted(
-            {
-                *(("step", nodes, sampled, 0) for nodes in trees for sampled in kinds),
-                *(("prefill", width, sampled, row) for width, sampled in widths for row in rows),
-            }
-        ):
+        wanted: set[tuple[Kind, int, bool, int]] = {
+            *(("step", nodes, sampled, 0) for nodes in trees for sampled in kinds),
+            *(("prefill", width, sampled, row) for width, sampled in widths for row in rows),
+        }
+        for kind, width, sampled, row in sorted(wanted):
             key = (kind, capacity, width, sampled, self._group(row))
             if key in self._compiled:
                 continue
             if kind == "prefill" and any(self._held):
                 continue  # running it would overwrite what a chat keeps in row 0
             inputs = () if kind == "step" else self._chunk_inputs([0], width, 0, row, Request([0], 1))
-            self._run(self._program(*key), *inputs)
+            self._run(self._compiled.get(*key), *inputs)
         jax.block_until_ready(self._state)
         most = max(len(request.prompt) + request.max_tokens for request in requests)
         for sampled in kinds:
@@ -259,7 +232,7 @@ class Engine:
             end = min(start + width, last)
             read, following = np.zeros((2, 1, width), np.int32)
             read[0, : end - start], following[0, : end - start] = ids[start:end], ids[start + 1 : end + 1]
-            program = self._program("score", self.capacity, width)
+            program = self._compiled.get("score", self.capacity, width)
             scores = jax.device_get(self._run(program, read, following, np.int32(start), np.int32(row)))
             for whole, part in zip((found, likeliest), scores, strict=True):
                 whole[start + 1 : end + 1] = part[: end - start]
@@ -289,14 +262,16 @@ class Engine:
         length = len(prompt) + max(0, len(answer) - 1)
         settings = dataclasses.replace(self._settings(request), left=np.int32(left))
         inputs = (np.int32(row), np.int32(length), np.int32(pending), settings)
-        self._run(self._program("restore", self.capacity), *inputs, *history_of(prompt, answer, V, recent))
+        self._run(
+            self._compiled.get("restore", self.capacity), *inputs, *history_of(prompt, answer, V, recent)
+        )
 
     def _catch_up(self, row: int, ids: Sequence[int], told: int, end: int) -> None:
         """Tell the drafter what a row committed while it slept: positions from ``told`` to ``end``."""
         for offset, width in self._chunk_starts(end - told):
             start = min(told + offset, self.slots_of(row) - width)
             inputs = _chunk(ids[start : min(start + width, end)], width, start, row)
-            program = self._program("catch up", self.capacity, width, group=self._group(row))
+            program = self._compiled.get("catch up", self.capacity, width, group=self._group(row))
             self._run(program, *inputs)
 
     def _chunk_starts(self, length: int) -> list[tuple[int, int]]:
@@ -347,7 +322,7 @@ class Engine:
                 continue
             self._reserve(len(log.ids))
             group, wide = self._group(row), self._group(to)
-            program = self._program("move", self.capacity, wide, group=group)
+            program = self._compiled.get("move", self.capacity, wide, group=group)
             self._run(program, np.int32(row), np.int32(to))
             log.waiting = False
             self.moved_rows += 1
