@@ -57,7 +57,7 @@ class TreeChooser:
     than plain decoding by less than ``margin`` (a share) does not count as faster.
     """
 
-    def __init__(self, rungs: Sequence[int], margin: float = 0):
+    def __init__(self, rungs: Sequence[int], margin: float = 0.0):
         self.rungs, self.margin = tuple(rungs), margin
         self._figures = {rung: _Figures() for rung in self.rungs}
         self._steps = 0

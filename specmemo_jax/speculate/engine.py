@@ -51,7 +51,7 @@ class Engine:
         if drafter is None:
             self.draft_weights = ()
         self.programs = Programs(self.target, drafter, plan)
-        margin = ROWS_MARGIN if plan.batch > 1 else 0
+        margin = ROWS_MARGIN if plan.batch > 1 else 0.0
         self.chooser = TreeChooser(plan.rungs, margin) if self.adaptive and len(plan.rungs) > 1 else None
         self._compiled = ProgramCache(self.programs)
         self.rows = [None] * plan.batch
