@@ -6,6 +6,8 @@ from flax import nnx
 from jax.lax import optimization_barrier
 from jaxtyping import Array, Float
 
+from specmemo_jax.llama.tiles import tiled_rows
+
 
 def rms_norm(x: Float[Array, "*rows H"], weight: Float[Array, " H"], eps: float) -> Float[Array, "*rows H"]:
     """Root-mean-square norm (arXiv 1910.07467) in float32, whatever the weight's dtype."""
@@ -19,7 +21,7 @@ def matmul(x: Float[Array, "B T I"], weight: Float[Array, "O I"], platform: str)
     ``x`` is cast to the weight's dtype first. On CPU, XLA only finds its fast
     kernels for some spellings; docs/performance-log.md has the measurements:
     reduced precision wants at least two rows and a float32 result (else every call
-    converts the weights), float32 wants the weights on the left and nothing fused in.
+    converts the weights), float32 wants the weights on the left, whole tiles of rows and nothing fused in.
     """
     B, T, _ = x.shape
     rows = x.reshape(B * T, -1).astype(weight.dtype)
@@ -28,7 +30,9 @@ def matmul(x: Float[Array, "B T I"], weight: Float[Array, "O I"], platform: str)
             "rk,nk->rn", rows, weight, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
         )
     elif weight.dtype == jnp.float32:
-        out = optimization_barrier(jnp.einsum("nk,rk->nr", weight, optimization_barrier(rows))).T
+        padded = jnp.pad(rows, ((0, tiled_rows(B * T) - B * T), (0, 0)))
+        out = optimization_barrier(jnp.einsum("nk,rk->nr", weight, optimization_barrier(padded))).T
+        out = out[: B * T]
     else:
         padded = jnp.pad(rows, ((0, max(0, 2 - B * T)), (0, 0)))
         out = jnp.einsum(

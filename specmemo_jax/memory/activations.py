@@ -12,6 +12,7 @@ import dataclasses
 import math
 
 from specmemo_jax.llama.config import LlamaConfig
+from specmemo_jax.llama.tiles import tiled_rows
 from specmemo_jax.memory.buffers import Buffer
 
 Live = tuple[Buffer, ...]  # buffers that exist at once
@@ -68,6 +69,10 @@ class Pass:
         """R, nodes of all rows."""
         return self.rows * self.nodes
 
+    def product_rows(self, rows: int) -> int:
+        """Rows of a product's result for ``rows``: whole tiles in float32 on CPU."""
+        return tiled_rows(rows) if self.on_cpu and self.itemsize == FULL else rows
+
     @property
     def on_cpu(self) -> bool:
         """Whether XLA's CPU backend compiles it."""
@@ -108,7 +113,7 @@ def kept(p: Pass) -> Live:
     N, K = p.heads
     if p.on_cpu and (p.quantized or (p.itemsize == FULL and not (p.in_order and p.rows > 1))):
         # The projection's result itself: what is sliced, gathered or quantized of it is fused into the write.
-        new = array("new keys and values", (p.depth, R, (N + 2 * K) * c.head_dim), FULL)
+        new = array("new keys and values", (p.depth, p.product_rows(R), (N + 2 * K) * c.head_dim), FULL)
     elif p.quantized:
         new = array("new keys and values, scales", (p.depth, 2, R, K, c.head_dim + FULL), 1, "int8")
     else:
@@ -227,15 +232,16 @@ def projections(p: Pass) -> tuple[Live, ...]:
     H, D, F = c.hidden_size, c.head_dim, -(-c.ffn_size // m)
     residual = array("residual", (R, H), FULL)
     normed = array("normed residual", (R, H), p.itemsize)
-    both = array("gate and up", (R, 2 * F), FULL)
-    active = array("gated", (R, F), p.itemsize)
-    qkv = array("queries, keys and values", (R, (N + 2 * K) * D), FULL)
+    P = p.product_rows(R)
+    both = array("gate and up", (P, 2 * F), FULL)
+    active = array("gated", (P, F), p.itemsize)
+    qkv = array("queries, keys and values", (P, (N + 2 * K) * D), FULL)
     turned = array("turned queries and keys", (R, (N + K) * D), FULL)
     base = (*kept(p), residual, packing(p))
     if p.parted:
         base = (*base, array("results of all parts, empty", (R, N, D), FULL))
     if p.on_cpu:
-        down = array("down", (R, H), FULL)
+        down = array("down", (P, H), FULL)
         final = array("final hidden states", (R, H), FULL)
         live = [(*base, qkv, turned), (*base, both, active), (*base, active, down), (*base, final)]
         if m > 1:
@@ -263,7 +269,7 @@ def head(p: Pass, rows: int, sampled: bool, draws: int) -> tuple[Live, ...]:
     c = p.config
     V = -(-c.vocab_size // p.shards)
     hidden = array("final hidden states", (rows, c.hidden_size), p.itemsize)
-    scores = array("logits", (rows, V), FULL)
+    scores = array("logits", (p.product_rows(rows), V), FULL)
     base = (*kept(p), scores, packing(p))
     if rows < p.all_nodes:
         base = (*base, array("final hidden states of all nodes", (p.all_nodes, c.hidden_size), FULL))
