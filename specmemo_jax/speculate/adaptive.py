@@ -9,12 +9,12 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 
-FIRST_STEPS = 16  # of the largest tree before others are tried
+FIRST_STEPS = 16  # of the largest tree before others are tried, where one row decodes
 WINDOW = 32  # steps of a tree that its figures are taken over
-PROBE = 4  # steps a tree is tried for
+PROBE = 4  # steps a tree is tried for; of several rows each counts, so that fewer will do
 FIRST_PATIENCE, LAST_PATIENCE = 32, 1024  # steps until a losing tree is tried again
 PROBE_SHARE = 0.01  # of the time, the most that trying one losing tree may cost
-ROWS_MARGIN = 0.05  # what trees must win by where rows share a step: they end apart, and places stay empty
+ROWS_MARGIN = 0.05  # a share; rows whose trees differ end apart, and places stay empty at the end
 
 
 @dataclasses.dataclass
@@ -53,31 +53,34 @@ class TreeChooser:
     `choose` names the next burst's tree and how many steps it may run; `record` takes in what came
     of it. The largest tree runs first, then each other is tried; from there on the one of most tokens
     a second runs, and each other is tried again for a few steps at a time, so seldom that trying costs
-    `PROBE_SHARE` of the time, and half as often each time that it has lost again. A tree that is faster
-    than plain decoding by less than ``margin`` (a share) does not count as faster.
+    `PROBE_SHARE` of the time, and half as often each time that it has lost again. Where ``rows`` share a
+    step, a tree that is faster than plain decoding by less than `ROWS_MARGIN` does not count as faster.
     """
 
-    def __init__(self, rungs: Sequence[int], margin: float = 0.0):
-        self.rungs, self.margin = tuple(rungs), margin
+    def __init__(self, rungs: Sequence[int], rows: int = 1):
+        self.rungs = tuple(rungs)
+        self.margin = ROWS_MARGIN if rows > 1 else 0.0
+        self.probe = max(1, PROBE // rows)
+        self.first_steps = max(PROBE, FIRST_STEPS // rows)
         self._figures = {rung: _Figures() for rung in self.rungs}
         self._steps = 0
 
     def choose(self, steps: int) -> tuple[int, int]:
         """The tree's nodes, and at most ``steps`` steps for it."""
-        if self._steps < FIRST_STEPS:
+        if self._steps < self.first_steps:
             return self.rungs[-1], steps
         for rung in self.rungs:
             if not self._figures[rung].bursts:
-                return rung, min(steps, PROBE)
+                return rung, min(steps, self.probe)
         best = self.best
         for rung, figures in self._figures.items():
             if rung != best and figures.idle >= figures.patience:
-                return rung, min(steps, PROBE)
+                return rung, min(steps, self.probe)
         return best, steps
 
     def ahead(self, steps: int) -> tuple[int, ...]:
         """The trees that the next ``steps`` steps may ask for."""
-        return self.rungs if self._steps + steps > FIRST_STEPS else self.rungs[-1:]
+        return self.rungs if self._steps + steps > self.first_steps else self.rungs[-1:]
 
     @property
     def best(self) -> int:
@@ -95,7 +98,7 @@ class TreeChooser:
             figures.idle += 0 if rung == nodes else steps
         best = self._figures[self.best]
         lost = max(0.0, used.seconds - used.tokens / best.rate)  # a step's, against the best tree
-        wait = max(FIRST_PATIENCE, PROBE * lost / (PROBE_SHARE * best.seconds))
+        wait = max(FIRST_PATIENCE, self.probe * lost / (PROBE_SHARE * best.seconds))
         used.losses = 0 if used is best else used.losses + 1
         used.patience = (
             int(min(wait * 2 ** (used.losses - 1), LAST_PATIENCE)) if used.losses else FIRST_PATIENCE

@@ -14,7 +14,7 @@ from specmemo_jax.errors import CapacityError
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.packing import Target
 from specmemo_jax.memory.plan import MemoryPlan
-from specmemo_jax.speculate.adaptive import ROWS_MARGIN, TreeChooser
+from specmemo_jax.speculate.adaptive import TreeChooser
 from specmemo_jax.speculate.program_cache import Kind, ProgramCache
 from specmemo_jax.speculate.programs import Programs
 from specmemo_jax.speculate.row_log import Request, RowLog, chunk_starts, common_prefix, history_of
@@ -51,8 +51,8 @@ class Engine:
         if drafter is None:
             self.draft_weights = ()
         self.programs = Programs(self.target, drafter, plan)
-        margin = ROWS_MARGIN if plan.batch > 1 else 0.0
-        self.chooser = TreeChooser(plan.rungs, margin) if self.adaptive and len(plan.rungs) > 1 else None
+        adapts = self.adaptive and len(plan.rungs) > 1
+        self.chooser = TreeChooser(plan.rungs, plan.batch) if adapts else None
         self._compiled = ProgramCache(self.programs)
         self.rows = [None] * plan.batch
         self._held: list[RowLog | None] = [None] * plan.batch

@@ -53,9 +53,17 @@ def test_one_tree_needs_no_choice_and_short_answers_no_second_program():
     assert chooser.choose(8) == (8, 8)
 
 
-def test_a_small_gain_over_plain_decoding_does_not_count_as_one_within_the_margin():
+def test_where_rows_share_a_step_a_small_gain_over_plain_decoding_does_not_count():
     seconds = {1: 1.0, 4: 1.0, 8: 1.0}
-    _, _, used = run(TreeChooser((1, 4, 8), margin=0.05), seconds, {1: 1.0, 4: 1.01, 8: 1.04})
+    _, _, used = run(TreeChooser((1, 4, 8), rows=2), seconds, {1: 1.0, 4: 1.01, 8: 1.04})
     assert used[1] > 3800
-    _, _, used = run(TreeChooser((1, 4, 8), margin=0.05), seconds, {1: 1.0, 4: 1.1, 8: 1.11})
+    _, _, used = run(TreeChooser((1, 4, 8), rows=2), seconds, {1: 1.0, 4: 1.1, 8: 1.11})
     assert used[8] > 3000  # trees are held against each other as they are
+
+
+@pytest.mark.parametrize("rows", [1, 4, 32])
+def test_trying_is_cheaper_where_many_rows_tell(rows):
+    chooser = TreeChooser((1, 4), rows)
+    time, got, used = run(chooser, {1: 1.0, 4: 2.0}, {1: 1.0, 4: 1.4}, steps=400)
+    assert used[4] <= (48 if rows == 1 else 12)
+    assert got / time > (0.93 if rows == 1 else 0.985)
