@@ -14,7 +14,7 @@ WINDOW = 32  # steps of a tree that its figures are taken over
 PROBE = 4  # steps a tree is tried for; of several rows each counts, so that fewer will do
 FIRST_PATIENCE, LAST_PATIENCE = 32, 1024  # steps until a losing tree is tried again
 PROBE_SHARE = 0.01  # of the time, the most that trying one losing tree may cost
-ROWS_MARGIN = 0.05  # a share; rows whose trees differ end apart, and places stay empty at the end
+ROW_MARGIN, MOST_MARGIN = 0.05, 0.15  # a row, in all: the slowest of the rows gains least by trees
 
 
 @dataclasses.dataclass
@@ -54,21 +54,22 @@ class TreeChooser:
     of it. The largest tree runs first, then each other is tried; from there on the one of most tokens
     a second runs, and each other is tried again for a few steps at a time, so seldom that trying costs
     `PROBE_SHARE` of the time, and half as often each time that it has lost again. Where ``rows`` share a
-    step, a tree that is faster than plain decoding by less than `ROWS_MARGIN` does not count as faster.
+    step, a tree that is faster than plain decoding by less than a margin does not count as faster: rows gain
+    unequally by it, end apart, and leave places empty where no more rows wait.
     """
 
     def __init__(self, rungs: Sequence[int], rows: int = 1):
         self.rungs = tuple(rungs)
-        self.margin = ROWS_MARGIN if rows > 1 else 0.0
+        self.margin = min(MOST_MARGIN, ROW_MARGIN * (rows - 1))
         self.probe = max(1, PROBE // rows)
-        self.first_steps = max(PROBE, FIRST_STEPS // rows)
+        self.first_steps = max(1, FIRST_STEPS // rows)
         self._figures = {rung: _Figures() for rung in self.rungs}
         self._steps = 0
 
     def choose(self, steps: int) -> tuple[int, int]:
         """The tree's nodes, and at most ``steps`` steps for it."""
         if self._steps < self.first_steps:
-            return self.rungs[-1], steps
+            return self.rungs[-1], min(steps, self.first_steps)
         for rung in self.rungs:
             if not self._figures[rung].bursts:
                 return rung, min(steps, self.probe)
