@@ -6,6 +6,15 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# One program compiles once a session, whichever test asks first: xdist's workers and commands that tests
+# start inherit the folder. A bounded cache locks its files, so that nobody reads half a program.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="specmemo-tests-")
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": _CACHE.name,
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**32),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
 
 import jax
 import pytest
@@ -13,16 +22,23 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# One program compiles once a session, whichever test asks first.
-_CACHE = tempfile.TemporaryDirectory(prefix="specmemo-tests-")
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 from jaxtyping import install_import_hook
 
 # The rooms that arrays pass through; the front doors check their own input, and are tested for it.
 ROOMS = ["specmemo_jax.llama", "specmemo_jax.speculate", "specmemo_jax.draft", "specmemo_jax.memory.compiled"]
 install_import_hook(ROOMS, "beartype.beartype")
+
+from specmemo_jax.compilation import compiler_options
+
+
+@pytest.fixture
+def only_memory(monkeypatch):
+    """Programs that are asked for their memory alone, compiled in less time: XLA assigns the buffers before
+    LLVM optimises the code.
+    """
+    options = {**(compiler_options("cpu") or {}), "xla_backend_optimization_level": 0}
+    monkeypatch.setattr("specmemo_jax.speculate.programs.compiler_options", lambda platform: options)
 
 
 CONFIG = {
