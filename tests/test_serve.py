@@ -18,9 +18,15 @@ TOKENIZER = tiny_tokenizer()
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9] * 5, [90], [30, 31, 30, 31, 30]]
 
 
+def new_llm(drafter=None, config=TINY, **options):
+    """All of one drafter share their programs; only the ladder moves between trees, each a program more."""
+    adaptive = isinstance(drafter, NgramDrafter) and bool(drafter.ladder)
+    return LLM(config, tiny_llama(), drafter=drafter, max_batch=3, adaptive=adaptive, **options)
+
+
 @functools.cache
-def llm_with(drafter, batch=3):
-    llm = LLM(TINY, tiny_llama(), drafter=drafter, max_batch=batch)
+def llm_with(drafter):
+    llm = new_llm(drafter)
     llm.tokenizer = TOKENIZER
     return llm
 
@@ -135,7 +141,7 @@ def test_an_interrupt_ends_a_stream_with_what_there_is(monkeypatch):
 
 
 def test_a_stream_outlives_its_model_with_an_error():
-    with LLM(TINY, tiny_llama()) as llm:
+    with new_llm() as llm:
         llm.tokenizer = TOKENIZER
         stream = llm.stream(PROMPTS[0], SamplingParams(temperature=0, max_tokens=60))
         next(stream)
@@ -164,7 +170,7 @@ def test_reasons_are_vllm_s():
     assert answer.text == TOKENIZER.decode(answer.token_ids[:-1])  # the id is kept, its text is not
     with pytest.raises(RequestError, match="stop_token_ids holds 97"):
         llm.generate([[1]], SamplingParams(stop_token_ids=[97]))
-    eos = LLM(dataclasses.replace(TINY, eos_token_ids=(whole.token_ids[4],)), tiny_llama())
+    eos = new_llm(config=dataclasses.replace(TINY, eos_token_ids=(whole.token_ids[4],)))
     answer = eos.generate([PROMPTS[0]], SamplingParams(temperature=0, max_tokens=20))[0].outputs[0]
     assert (answer.finish_reason, answer.stop_reason) == ("stop", None)
     late = SamplingParams(temperature=0, max_tokens=20, min_tokens=12)
@@ -202,7 +208,7 @@ def test_seeds():
     assert len(set(free)) == 3
     runs = []
     for seed in (1, 1, 2):
-        with LLM(TINY, tiny_llama(), seed=seed) as fresh:
+        with new_llm(drafted()["tree"], seed=seed) as fresh:
             runs.append(fresh.generate([[1, 2]] * 2, SamplingParams(max_tokens=12)))
     ids = [[o.outputs[0].token_ids for o in run] for run in runs]
     assert ids[0] == ids[1] != ids[2]
