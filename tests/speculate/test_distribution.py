@@ -42,15 +42,23 @@ DRAFTERS = {
 }
 
 
-@functools.cache
-def distribution(ids):
-    """The filtered next-token distribution after ``ids``, by sorting."""
-    model, T = TARGET.merge(TARGET.leaves), len(ids)
+@jax.jit
+def logits_of(ids):
+    """At every position, without a cache."""
+    model, T = TARGET.merge(TARGET.leaves), ids.shape[1]
     empty = kv.init_cache(CONFIG.num_layers, (1, 2, 8, 8), TARGET.dtype)
     causal = jnp.tril(jnp.ones((1, T, T), bool))
     at = jnp.arange(T)[None]
-    hidden, _ = forward(model, (empty,), jnp.array([ids]), at, causal, jnp.zeros((1,), jnp.int32), "cpu")
-    z = np.asarray(logits(model, hidden[:, -1:], "cpu"), np.float64)[0, 0] / PARAMS.temperature
+    hidden, _ = forward(model, (empty,), ids, at, causal, jnp.zeros((1,), jnp.int32), "cpu")
+    return logits(model, hidden, "cpu")
+
+
+@functools.cache
+def distribution(ids):
+    """The filtered next-token distribution after ``ids``, by sorting."""
+    padded = np.zeros((1, len(PROMPT) + 2), np.int32)
+    padded[0, : len(ids)] = ids
+    z = np.asarray(logits_of(padded), np.float64)[0, len(ids) - 1] / PARAMS.temperature
     order = np.argsort(-z)[: PARAMS.top_k]
     p = np.exp(z[order] - z[order[0]])
     kept = order[np.concatenate([[0], np.cumsum(p / p.sum())[:-1]]) < PARAMS.top_p]
@@ -65,11 +73,12 @@ def draw(drafter):
     engine = Engine(TARGET, drafter, plan)
     sampling = device_sampling(PARAMS, PROMPT, 0, pad_bad_words((), plan))
     pending = engine.admit(0, Request(PROMPT, 30, (), sampling))
-    many = jax.tree.map(lambda leaf: jnp.repeat(leaf, ROWS, axis=0), engine.take_state())
+    # By NumPy: an operation of JAX would be compiled for each shape.
+    many = jax.tree.map(lambda leaf: jax.device_put(np.repeat(leaf, ROWS, axis=0)), engine.take_state())
     run = jax.jit(functools.partial(step.speculative_step, TARGET, drafter, step.Layout(), True, False))
     counts, emitted = np.zeros((V, V)), 0
     for block in range(DRAWS // ROWS):
-        keys = jnp.stack([jnp.full((ROWS,), block, jnp.uint32), jnp.arange(ROWS, dtype=jnp.uint32)], axis=1)
+        keys = jax.device_put(np.stack([np.full(ROWS, block), np.arange(ROWS)], axis=1).astype(np.uint32))
         settings = dataclasses.replace(
             many.rows.settings, sampling=dataclasses.replace(many.rows.settings.sampling, key=keys)
         )
