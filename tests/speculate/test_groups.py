@@ -86,7 +86,7 @@ def alone(params, kv_dtype=None):
 @pytest.mark.parametrize(
     ("name", "params"),
     [
-        *((name, PLAIN) for name in ("vanilla", "ngram", "model", "self")),
+        *((name, PLAIN) for name in ("vanilla", "ngram", "self")),  # and "itself" below
         ("ngram", SAMPLED),
         ("model", SAMPLED),
     ],
@@ -123,8 +123,9 @@ def test_every_committed_position_holds_its_row_s_token(name):
             assert read is not None
             for mine, fresh in zip(state.caches[group], read.caches[0], strict=True):
                 for x, y in zip(mine, fresh, strict=True):
-                    found, want = x[row - first, :, : log.cached], y[0, :, : log.cached]
-                    np.testing.assert_allclose(np.asarray(found), np.asarray(want), atol=2e-4)
+                    # Cut by NumPy: JAX would compile a cut for each length.
+                    found, want = np.asarray(x)[row - first], np.asarray(y)[0]
+                    np.testing.assert_allclose(found[:, : log.cached], want[:, : log.cached], atol=2e-4)
             assert int(engine._state.rows.lengths[row]) == log.cached
             assert int(engine._state.rows.pending[row]) == log.ids[-1]
             counted += log.cached
@@ -152,9 +153,8 @@ def test_a_row_that_finds_no_room_waits():
     assert waited
 
 
-@pytest.mark.parametrize("name", ["ngram", "model"])
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
-def test_the_plan_holds_for_every_program(name, kv_dtype):
+@pytest.mark.parametrize(("name", "kv_dtype"), [("ngram", None), ("model", "int8")])
+def test_the_plan_holds_for_every_program(name, kv_dtype, only_memory):
     engine = engine_for(name, GROUPS, kv_dtype)
     plan, state = engine.plan, engine.programs.abstract_state(engine.plan.capacities[-1])
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
