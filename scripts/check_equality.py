@@ -3,6 +3,7 @@
     python scripts/check_equality.py                    # greedy, against the bundled MT-Bench reference
     python scripts/check_equality.py --sampled          # seeded, against this engine's plain decoding
     python scripts/check_equality.py --batches 2 8 --mixed --groups   # 1 to 64 tokens an answer; rows move
+    python scripts/check_equality.py --batches 8 --positions          # what the caches hold, too
     python scripts/check_equality.py --reference FILE.jsonl --dtype bfloat16
 
 A reference line holds ``prompt_ids`` and ``new_ids`` (here: transformers + torch, float32, 64 tokens).
@@ -23,15 +24,19 @@ from itertools import product
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
 from specmemo_jax import LLM, LlamaConfig, SamplingParams
 from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, Shape, make_drafter
 from specmemo_jax.draft.ngram import chain
 from specmemo_jax.llama.packing import pack
+from specmemo_jax.speculate.engine import Engine
+from specmemo_jax.speculate.row_log import Request, RowLog
 from specmemo_jax.testing import tiny_llama
 from specmemo_jax.weights import open_checkpoint, resolve
 
+ROUNDING = 1e-3  # of a layer's largest number; another token's differ by its size
 REFERENCE = Path(__file__).parent.parent / "tests" / "data" / "mt_bench_reference.jsonl"
 TOGETHER = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1}
 SETTINGS = {
@@ -76,6 +81,33 @@ def _draft_model(model: str, shape: Shape, random: bool) -> DraftModel:
     return DraftModel.of(pack(config, tensors, jnp.dtype("float32")), shape)
 
 
+class Positions:
+    """Whether committed positions hold their row's tokens: live rows' keys and values, every 16 tokens,
+    against those of a row that read the same ids alone.
+    """
+
+    def __init__(self, options: argparse.Namespace, longest: int):
+        self._alone = LLM(
+            options.model, drafter=None, dtype=options.dtype, max_batch=1, max_context=longest
+        ).engine
+        self._seen: dict[int, tuple[RowLog, int]] = {}  # each log, and its tokens when it was last compared
+        self.compared = self.wrong = 0
+
+    def look(self, engine: Engine) -> None:
+        """Compare the rows that have grown by 16 tokens since."""
+        for row, log in enumerate(engine.rows):
+            if log is None or log.cached < self._seen.get(id(log), (log, 0))[1] + 16:
+                continue
+            self._seen[id(log)] = log, log.cached
+            self._alone.admit(0, Request(log.ids[: log.cached], 1))
+            differs = np.zeros(log.cached, bool)
+            for mine, fresh in zip(engine.committed(row), self._alone.committed(0), strict=True):
+                for found, want in zip(mine, fresh, strict=True):
+                    differs |= (np.abs(found - want) > ROUNDING * np.abs(want).max()).any(axis=(0, 2))
+            self._alone.release(0)
+            self.compared, self.wrong = self.compared + log.cached, self.wrong + int(differs.sum())
+
+
 def answers(
     options: argparse.Namespace,
     drafter: Drafter | None,
@@ -91,6 +123,7 @@ def answers(
         arguments["request_tokens"] = [
             len(p) + (s.max_tokens or 0) for p, s in zip(prompts, params, strict=True)
         ]
+    positions = Positions(options, longest) if options.positions else None
     with LLM(options.model, **arguments) as llm, tqdm(total=len(prompts), disable=None, leave=False) as bar:
         jobs = [llm.job(*pair, place) for place, pair in enumerate(zip(prompts, params, strict=True))]
         for job in jobs:
@@ -98,6 +131,8 @@ def answers(
         with contextlib.closing(llm.run_jobs(jobs)) as running:
             for job in running:
                 bar.update(job.output is not None)
+                if positions is not None:
+                    positions.look(llm.engine)
         outputs = [job.output for job in jobs if job.output is not None]
         moves = llm.engine.moved_rows
         laid = " + ".join(f"{rows} of {context}" for rows, context in llm.plan.groups)
@@ -106,6 +141,8 @@ def answers(
     said = f"mean accepted length {tokens / max(steps, 1):.3f}"
     if laid:
         said += f", rows {laid}, {moves} moves"
+    if positions is not None:
+        said += f", {positions.compared} positions compared, {positions.wrong} wrong"
     return [list(output.outputs[0].token_ids) for output in outputs], said
 
 
@@ -121,6 +158,9 @@ def main() -> int:
     parser.add_argument("--mixed", action="store_true", help="answers of mixed lengths, up to --new-tokens")
     parser.add_argument(
         "--groups", action="store_true", help="rows in groups of fitting width, which they outgrow"
+    )
+    parser.add_argument(
+        "--positions", action="store_true", help="compare live rows' caches with their ids read alone, too"
     )
     parser.add_argument("--limit", type=int, help="only the first rows of the reference")
     options = parser.parse_args()

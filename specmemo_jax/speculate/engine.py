@@ -88,6 +88,19 @@ class Engine:
         """Cache slots of one row at the moment."""
         return self.plan.groups_at(self.capacity).slots_of(row)
 
+    def committed(self, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Keys and values ``[K, positions, D]`` of a live row's committed positions, a layer each."""
+        log, state = self.rows[row], self._state
+        assert log is not None
+        assert state is not None
+        group, first = self.plan.groups_at(self.capacity).place(row)
+
+        def own(leaf: Any) -> np.ndarray:
+            # Cut by NumPy: JAX would compile a cut for each length.
+            return np.asarray(kv.dequantize(leaf))[row - first][:, : log.cached]
+
+        return [(own(keys), own(values)) for keys, values in state.caches[group]]
+
     @property
     def live_generation_bytes(self) -> int:
         """Generation memory as it is: the state's arrays and the drafter's own weights, and what the compiler
