@@ -87,9 +87,8 @@ class Positions:
     """
 
     def __init__(self, options: argparse.Namespace, longest: int):
-        self._alone = LLM(
-            options.model, drafter=None, dtype=options.dtype, max_batch=1, max_context=longest
-        ).engine
+        self._model = LLM(options.model, drafter=None, dtype=options.dtype, max_batch=1, max_context=longest)
+        self._alone = self._model.engine
         self._seen: dict[int, tuple[RowLog, int]] = {}  # each log, and its tokens when it was last compared
         self.compared = self.wrong = 0
 
@@ -107,6 +106,10 @@ class Positions:
             self._alone.release(0)
             self.compared, self.wrong = self.compared + log.cached, self.wrong + int(differs.sum())
 
+    def close(self) -> None:
+        """Free the model that reads alone."""
+        self._model.close()
+
 
 def answers(
     options: argparse.Namespace,
@@ -114,8 +117,8 @@ def answers(
     batch: int,
     prompts: Sequence[Sequence[int]],
     params: Sequence[SamplingParams],
-) -> tuple[list[list[int]], str]:
-    """Every prompt's token ids, and how they came."""
+) -> tuple[list[list[int]], str, int]:
+    """Every prompt's token ids, how they came, and how many committed positions are wrong."""
     longest = max(len(p) + (s.max_tokens or 0) for p, s in zip(prompts, params, strict=True))
     arguments = {"drafter": drafter, "dtype": options.dtype, "max_batch": batch, "max_context": longest}
     arguments["adaptive"] = False  # or a tree that loses would be left for plain decoding, and not be checked
@@ -141,9 +144,12 @@ def answers(
     said = f"mean accepted length {tokens / max(steps, 1):.3f}"
     if laid:
         said += f", rows {laid}, {moves} moves"
+    wrong = 0
     if positions is not None:
-        said += f", {positions.compared} positions compared, {positions.wrong} wrong"
-    return [list(output.outputs[0].token_ids) for output in outputs], said
+        positions.close()
+        wrong = positions.wrong
+        said += f", {positions.compared} positions compared, {wrong} wrong"
+    return [list(output.outputs[0].token_ids) for output in outputs], said, wrong
 
 
 def main() -> int:
@@ -181,15 +187,15 @@ def main() -> int:
         ]
         labels = [name for _, name in every]
         prompts = [prompts[row] for row, _ in every]
-        want, _ = answers(options, None, 1, prompts, params)
+        want, _, failed = answers(options, None, 1, prompts, params)
     else:
         params = [SamplingParams(temperature=0, max_tokens=length(place)) for place in range(len(rows))]
+        failed = 0
         labels, want = ["greedy"] * len(rows), [row["new_ids"][: length(i)] for i, row in enumerate(rows)]
-    failed = 0
     for batch in options.batches:
         for name in options.drafters or known:
             start = time.perf_counter()
-            got, said = answers(options, known[name](), batch, prompts, params)
+            got, said, misplaced = answers(options, known[name](), batch, prompts, params)
             wrong = [i for i, pair in enumerate(zip(got, want, strict=True)) if pair[0] != pair[1]]
             print(
                 f"{options.dtype} batch {batch} {name:<16} equal {len(prompts) - len(wrong)}/{len(prompts)}  "
@@ -200,7 +206,7 @@ def main() -> int:
                 at = next((k for k, (a, b) in enumerate(zip(got[i], want[i], strict=False)) if a != b), "end")
                 row = i * len(rows) // len(prompts)
                 print(f"    {labels[i]}, row {row} (seed {params[i].seed}): differs at token {at}")
-            failed += len(wrong)
+            failed += len(wrong) + misplaced
     return int(failed > 0 and options.dtype == "float32")
 
 
