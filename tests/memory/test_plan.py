@@ -38,6 +38,7 @@ DRAFTERS = {
     [
         ("none", 1, "float32", None),
         ("none", 1, "bfloat16", None),
+        ("ngram", 1, "float32", None),
         ("ngram", 3, "bfloat16", None),
         ("ngram", 1, "float32", "int8"),
         ("self", 3, "bfloat16", "int8"),

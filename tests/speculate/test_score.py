@@ -80,7 +80,7 @@ def test_the_plan_has_its_row():
     plan = llm().plan
     names = {program.name for program in plan.footprint.programs}
     assert {f"score {width}" for width in plan.chunks} <= names
-    for batch, kv_dtype in ((1, "int8"), (3, None)):
+    for batch, kv_dtype in ((1, None), (3, None), (3, "int8")):
         plan = lay_out(
             TINY, dtype="float32", platform="cpu", batch=batch, context=TINY.max_context, scoring=True,
             kv_dtype=kv_dtype,
