@@ -4,17 +4,20 @@
     python scripts/bench_batch.py --batches 1,10 --drafter self:6
     python scripts/bench_batch.py --refill --batches 8         # 200 rows of mixed lengths against equal ones
     python scripts/bench_batch.py --mixing --batches 4,10      # what prompts read inside the steps could save
+    python scripts/bench_batch.py --model llama-2-7b-chat --random-weights --dtype bfloat16 --batches 1,10
 
 One run; for each batch size both engines answer the same rows, a round of one and then of the other, more
 rows than the batch holds, so that finished rows are refilled. Speeds count the answers' tokens over the whole
 time, prefill included. Trees move as they pay (adaptive), as a user has them. ``--mixing`` bounds from above
 what chunks that hold the rows' steps, too, would save: such a pass takes at least as long as a chunk, holds
-fewer tokens of the prompt by the batch, and saves one step.
+fewer tokens of the prompt by the batch, and saves one step. ``--random-weights`` takes a zoo model's shapes
+without its weights: what a step costs is the same, but answers are noise, and guesses fail.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -23,9 +26,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from specmemo_jax import LLM, RequestOutput, SamplingParams
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specmemo_jax import LLM, LlamaConfig, RequestOutput, SamplingParams
 from specmemo_jax.speculate.engine import Engine
 from specmemo_jax.speculate.row_log import Request
+from specmemo_jax.weights.zoo import zoo_config
 
 BUNDLED = Path(__file__).parent.parent / "tests" / "data" / "mt_bench_reference.jsonl"
 
@@ -41,23 +49,51 @@ def main() -> int:
     parser.add_argument("--max-context", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=4, help="rows a place of the batch, 8 at least in all")
+    parser.add_argument("--random-weights", action="store_true", help="the model's shapes alone")
     parser.add_argument("--refill", action="store_true")
     parser.add_argument("--mixing", action="store_true")
     options = parser.parse_args()
     prompts = [json.loads(line)["prompt_ids"] for line in BUNDLED.read_text(encoding="utf-8").splitlines()]
     room = options.max_context - options.new_tokens
+    if options.random_weights:
+        vocabulary = zoo_config(options.model).vocab_size
+        prompts = [[token % vocabulary for token in prompt] for prompt in prompts]
     prompts = [ids for ids in prompts if len(ids) <= room]
     batches = [int(text) for text in options.batches.split(",")]
     measure = mixing if options.mixing else refilled if options.refill else compared
+    # Starts the backend: on a GPU its pool would be as large as the first plan, and two engines share it.
+    device = jax.devices()[0]
+    weights = ", random weights" if options.random_weights else ""
+    print(
+        f"{options.model}{weights}, {options.dtype} on {device.device_kind} ({device.platform}), "
+        f"jax {jax.__version__}",
+        flush=True,
+    )
     return measure(options, prompts, batches)
 
 
 def engine(options: argparse.Namespace, batch: int, drafter: str | None) -> LLM:
     """One of the two, planned for the batch."""
+    config = zoo_config(options.model) if options.random_weights else None
     return LLM(
-        options.model, drafter=drafter, dtype=options.dtype, max_batch=batch,
-        max_context=options.max_context, new_tokens=options.new_tokens,
+        config or options.model, config and random_weights(config, options.dtype), drafter=drafter,
+        dtype=options.dtype, max_batch=batch, max_context=options.max_context, new_tokens=options.new_tokens,
     )  # fmt: skip
+
+
+@functools.cache
+def random_weights(config: LlamaConfig, dtype: str) -> dict[str, np.ndarray]:
+    """Tensors of noise by name, all views of one buffer as large as the largest; norms are 1."""
+    shapes = config.tensor_shapes()
+    largest = max(map(math.prod, shapes.values()))
+    noise = 0.02 * np.random.default_rng(0).standard_normal(2 * largest, np.float32)
+    noise = noise.astype(jnp.dtype(dtype))
+    tensors = {}
+    for place, (name, shape) in enumerate(shapes.items()):
+        size, start = math.prod(shape), place * 7919 % largest
+        flat = np.ones(size, noise.dtype) if name.endswith("norm.weight") else noise[start : start + size]
+        tensors[name] = flat.reshape(shape)
+    return tensors
 
 
 def timed(llm: LLM, prompts: list, params: list[SamplingParams]) -> tuple[float, list[RequestOutput]]:
@@ -70,7 +106,8 @@ def timed(llm: LLM, prompts: list, params: list[SamplingParams]) -> tuple[float,
 
 def compared(options: argparse.Namespace, prompts: list, batches: list[int]) -> int:
     """The table over batch sizes."""
-    params, first, lost = SamplingParams(temperature=0, max_tokens=options.new_tokens), {}, 0
+    params = SamplingParams(temperature=0, max_tokens=options.new_tokens, ignore_eos=options.random_weights)
+    first, lost = {}, 0
     print(
         f"{'batch':>5}{'plain':>9}{'specul.':>9}{'ratio':>7}{'accepted':>10}{'mean tree':>10}  over batch 1"
     )

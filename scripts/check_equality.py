@@ -23,6 +23,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
@@ -173,6 +174,9 @@ def main() -> int:
     known = drafters(options.model)
     if unknown := set(options.drafters or ()) - known.keys():
         parser.error(f"no drafter {', '.join(map(repr, unknown))}; {', '.join(map(repr, known))} work")
+    # Starts the backend: on a GPU its pool would be as large as the first plan, and plans differ.
+    device = jax.devices()[0]
+    print(f"{options.model} on {device.device_kind} ({device.platform}), jax {jax.__version__}", flush=True)
     rows = [json.loads(line) for line in options.reference.read_text().splitlines()][: options.limit]
     prompts = [row["prompt_ids"] for row in rows]
 

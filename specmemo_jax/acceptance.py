@@ -25,6 +25,7 @@ from specmemo_jax.memory.profile import (
     Signal,
 )
 from specmemo_jax.outlook import shape_key
+from specmemo_jax.speculate.emitted import read
 from specmemo_jax.speculate.engine import Engine
 from specmemo_jax.speculate.row_log import Request
 from specmemo_jax.speculate.tree import NO_TOKEN, Tree
@@ -243,9 +244,10 @@ def recorded(engine: Engine, request: Request) -> tuple[list[int], list[Proposal
         state = dataclasses.replace(state, caches=kv.grow(state.caches, groups), draft=draft)
     step = engine.step_program(capacity, record=True)
     while len(ids) < end and ids[-1] not in request.stop_ids:
-        state, emitted = step(engine.target.leaves, engine.draft_weights, state)
-        trees.append((_at_host(emitted.tree), len(ids)))
-        ids.extend(np.asarray(emitted.tokens)[0, : int(emitted.counts[0])].tolist())
+        state, tree = step(engine.target.leaves, engine.draft_weights, state)
+        trees.append((_at_host(tree), len(ids)))
+        count, *tokens = read(state.emitted, 1)[0, 0].tolist()
+        ids.extend(tokens[:count])
     new = ids[len(request.prompt) :]
     return new, [Proposal.of(tree, 0, ids[at:]) for tree, at in trees]
 

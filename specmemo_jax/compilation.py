@@ -9,6 +9,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from specmemo_jax.cache import cache_dir
 
+# Bytes on either side of every buffer that a GPU's kernels are tried on (XLA's own is 8 MiB).
+TUNING_PADDING = "65536"
+
 
 def enable_compilation_cache(folder: str | Path | None = None) -> None:
     """Keep compiled programs on disk, unless JAX was configured by the user already.
@@ -25,9 +28,16 @@ def enable_compilation_cache(folder: str | Path | None = None) -> None:
     compilation_cache.reset_cache()  # JAX looks at the folder once, and may have looked already
 
 
-def compiler_options(platform: str) -> dict[str, str | bool] | None:
-    """XLA options for the engine's programs; measured in docs/performance-log.md."""
-    return {"xla_cpu_prefer_vector_width": "512"} if platform == "cpu" else None
+def compiler_options(platform: str, tuned: bool = True) -> dict[str, str | bool] | None:
+    """XLA options for the engine's programs; measured in docs/performance-log.md.
+
+    On a GPU XLA tries kernels on the device while it compiles, in memory that it borrows; ``tuned=False``
+    takes its first guesses instead, and no memory.
+    """
+    if platform == "cpu":
+        return {"xla_cpu_prefer_vector_width": "512"}
+    options: dict[str, str | bool] = {"xla_gpu_redzone_padding_bytes": TUNING_PADDING}
+    return options if tuned else {**options, "xla_gpu_autotune_level": "0"}
 
 
 def _processor() -> str:

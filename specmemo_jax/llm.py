@@ -14,7 +14,7 @@ from specmemo_jax.compilation import enable_compilation_cache
 from specmemo_jax.draft import Drafter, default_shape, is_model_name
 from specmemo_jax.errors import RequestError
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.llama.packing import Target, pack
+from specmemo_jax.llama.packing import Target, abstract_target, pack
 from specmemo_jax.loading import open_draft_model, open_model
 from specmemo_jax.memory.allocator import check_allocator, limit_allocator
 from specmemo_jax.memory.budget import parse_bytes
@@ -34,6 +34,8 @@ from specmemo_jax.planning import (
 from specmemo_jax.sampling_params import SamplingParams
 from specmemo_jax.serve import Job, TextStream, device_sampling, pad_bad_words, serve
 from specmemo_jax.speculate.engine import Engine
+from specmemo_jax.speculate.program_cache import ProgramCache
+from specmemo_jax.speculate.programs import Programs, tuning_bytes
 from specmemo_jax.speculate.row_log import Request
 from specmemo_jax.text import AnswerText
 from specmemo_jax.tokenizer import Tokenizer
@@ -130,11 +132,16 @@ class LLM:
         assert self.drafter is None or isinstance(self.drafter, Drafter)
         limit_allocator(self.plan.peak_bytes - spec.reserve_bytes, spec)
         device = jax.devices()[0]
-        check_allocator(self.plan.peak_bytes - spec.reserve_bytes, [device])
+        needed = self.plan.peak_bytes - spec.reserve_bytes
+        pool = check_allocator(needed, [device])
         enable_compilation_cache(compilation_cache)
         self._seeds = np.random.default_rng(seed)
+        shapes = abstract_target(self.config, jnp.dtype(chosen), device.platform)
+        compiled = ProgramCache(Programs(shapes, self.drafter, self.plan))
+        if pool is not None and pool - needed < tuning_bytes(shapes):
+            compiled.fill()  # now, while the weights' room is free to try kernels in
         self.target: Target = pack(self.config, opened.tensors(), jnp.dtype(chosen), device)
-        self.engine = Engine(self.target, self.drafter, self.plan, adaptive)
+        self.engine = Engine(self.target, self.drafter, self.plan, adaptive, compiled)
 
     def __enter__(self) -> "LLM":
         return self

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from specmemo_jax.memory.described import described_devices
 from specmemo_jax.memory.devices import DeviceSpec
 from specmemo_jax.memory.plan import MemoryPlan
 from specmemo_jax.parallel.sharding import model_mesh
+from specmemo_jax.speculate.program_cache import ProgramCache, plan_keys
 from specmemo_jax.speculate.programs import Programs
 
 
@@ -72,25 +72,9 @@ def programs_for(plan: MemoryPlan, place: Place) -> Programs:
 
 def lowerings(programs: Programs) -> Iterator[tuple[str, Callable[[], jax.stages.Lowered]]]:
     """Every program of the plan at its largest capacity, by name."""
-    plan, S = programs.plan, programs.plan.capacities[-1]
-    groups = [(-1, "")]
-    if len(plan.groups) > 1:
-        groups = [(group, f" of {context}") for group, (_, context) in enumerate(plan.groups)]
-    for sampled in (False, True):
-        how = "sampled" if sampled else "greedy"
-        for nodes in plan.rungs:
-            yield f"step {nodes}, {how}", lambda n=nodes, s=sampled: programs.step(S, s, n)
-        for width, (group, which) in itertools.product(plan.chunks, groups):
-            lower = functools.partial(programs.prefill, S, width, sampled, group)
-            yield f"prefill {width}{which}, {how}", lower
-    if programs.drafter is not None:
-        for width, (group, which) in itertools.product(plan.chunks, groups):
-            yield f"catch up {width}{which}", functools.partial(programs.catch_up, S, width, group)
-    for source, target in itertools.combinations(range(len(groups)), 2):
-        yield f"move {source} to {target}", functools.partial(programs.move, S, source, target)
-    for width in plan.chunks if plan.scoring else ():
-        yield f"score {width}", functools.partial(programs.score, S, width)
-    yield "restore", lambda: programs.restore(S)
+    cache = ProgramCache(programs)
+    for name, key in plan_keys(programs):
+        yield name, functools.partial(cache.lowered, *key)
 
 
 def _enough(found: int, wanted: int, name: str) -> None:

@@ -11,11 +11,12 @@ import jax
 import numpy as np
 
 from specmemo_jax.errors import CapacityWarning, RequestError
+from specmemo_jax.memory.allocator import is_out_of_memory
 from specmemo_jax.memory.plan import MemoryPlan
 from specmemo_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from specmemo_jax.sampling_params import SamplingParams
 from specmemo_jax.speculate.engine import Engine
-from specmemo_jax.speculate.recovery import is_out_of_memory, step_down
+from specmemo_jax.speculate.recovery import step_down
 from specmemo_jax.speculate.row_log import Request, RowLog
 from specmemo_jax.speculate.sampling import Sampling
 from specmemo_jax.text import AnswerText

@@ -38,7 +38,9 @@ def only_memory(monkeypatch):
     LLVM optimises the code.
     """
     options = {**(compiler_options("cpu") or {}), "xla_backend_optimization_level": 0}
-    monkeypatch.setattr("specmemo_jax.speculate.programs.compiler_options", lambda platform: options)
+    monkeypatch.setattr(
+        "specmemo_jax.speculate.programs.compiler_options", lambda platform, tuned=True: options
+    )
 
 
 CONFIG = {

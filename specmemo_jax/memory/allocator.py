@@ -90,6 +90,13 @@ def check_allocator(plan_bytes: int, devices: Sequence[Device] | None = None) ->
     return smallest
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether XLA could not allocate."""
+    import jax
+
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
 def _smallest(found: Sequence[FoundGpu], device: DeviceSpec) -> tuple[int, int]:
     """Total and free bytes that every GPU here has at least; the device's own figures where no tool tells."""
     totals = [gpu.total_bytes for gpu in found if gpu.total_bytes is not None]

@@ -29,6 +29,7 @@ GPU_ALIGNMENT = 256  # bytes to which XLA's and CUDA's allocators round every bu
 # What a compiler may do otherwise than the theory says: a share of the generation memory, and bytes.
 MARGIN_SHARE, MARGIN_LEAST = 1 / 128, 2**20
 SCORED_NODES = 8  # whose logits exist at once where given tokens are scored
+BURST = 8  # steps whose results wait on the device to be read
 MAX_STOP_IDS = 8
 MAX_BAD_WORDS = (16, 8)  # token sequences a row, and tokens of the longest
 
@@ -116,6 +117,7 @@ def footprint(
     buffers = (
         weights(config, dtype, shards),
         *state(config, kv_dtype or dtype, groups, shards),
+        emitted(groups.rows, 0 if drafter is None else drafter.max_depth),
         *(() if drafter is None else drafter.buffers(groups)),
     )
     if platform != "cpu":
@@ -144,7 +146,7 @@ def footprint(
             known = programs.get(program.name)
             programs[program.name] = program if known is None else max(known, program, key=lambda p: p.bytes)
     if len(groups.sizes) > 1:
-        programs["move"] = _move(config, groups.rows, shards)
+        programs["move"] = _move(config, shards)
     kept_bytes = sum(buffer.bytes for buffer in buffers if buffer.name != WEIGHTS)
     return Footprint(buffers, tuple(_with_margin(p, kept_bytes) for p in programs.values()), reserve)
 
@@ -166,8 +168,7 @@ def _step(base: Pass, drafter: DraftCost | None, logit_nodes: int | None, policy
     peaks = [live for width in widths for live in _verify(base, drafter, width, logit_nodes, policy)]
     if drafter is not None:
         peaks += drafter.phases(dataclasses.replace(base, nodes=nodes, in_order=_is_chain(drafter)), None)
-    depth = 0 if drafter is None else drafter.max_depth
-    return _program(f"step {nodes}", peaks, _emitted(base.config, base.rows, depth))
+    return _program(f"step {nodes}", peaks, _results(base.config))
 
 
 def _is_chain(drafter: DraftCost | None) -> bool:
@@ -217,7 +218,7 @@ def _prefill(base: Pass, drafter: DraftCost | None, width: int, policy: str) -> 
             (*live, *kept(read)) for live in drafting
         ]
     inputs = array("tokens and settings", (width + 256,), FULL)
-    return _program(f"prefill {width}", peaks, (*beside, inputs, *_emitted(config, base.rows, 0)))
+    return _program(f"prefill {width}", peaks, (*beside, inputs, *_results(config)))
 
 
 def _score(base: Pass, width: int) -> ProgramFootprint:
@@ -229,13 +230,13 @@ def _score(base: Pass, width: int) -> ProgramFootprint:
     scores = array("logits, shifted and exponentiated", (2, nodes, columns), FULL)
     peaks += [(*live, scores, loop) for live in head(read, nodes, False, 1)]
     inputs = array("tokens and scores", (4, width + 64), FULL)
-    return _program(f"score {width}", peaks, (inputs, *_emitted(base.config, base.rows, 0)))
+    return _program(f"score {width}", peaks, (inputs, *_results(base.config)))
 
 
-def _move(config: LlamaConfig, rows: int, shards: int) -> ProgramFootprint:
+def _move(config: LlamaConfig, shards: int) -> ProgramFootprint:
     """A row's copy between groups: the cache from buffer to buffer, the row's settings by way of copies."""
     seen = array("seen tokens of a row", (-(-config.vocab_size // shards),), FULL, "int32")
-    return _program("move", [(seen,)], _emitted(config, rows, 0))
+    return _program("move", [(seen,)], _results(config))
 
 
 def weights(config: LlamaConfig, dtype: str, shards: int) -> Buffer:
@@ -275,10 +276,21 @@ def row_bytes() -> int:
     return own + limits + sampling + 4 * (longest - 1)  # and the answer's recent tokens
 
 
-def _emitted(config: LlamaConfig, batch: int, depth: int) -> Live:
-    """Results that alias no argument: tokens, counts, live rows, and the table of a tuple's pointers."""
-    pointers = 8 * (2 * config.num_layers + 64)
-    return (Buffer("emitted", (batch, depth + 1), "int32", batch * (4 * (depth + 1) + 5) + pointers),)
+def emitted(batch: int, depth: int) -> Buffer:
+    """What the last steps said, and the place of the next."""
+    shape = emitted_shape(batch, depth)
+    return Buffer("emitted", shape, "int32", (math.prod(shape) + 1) * FULL)
+
+
+def emitted_shape(batch: int, depth: int) -> tuple[int, int, int]:
+    """Of what the last steps said (`specmemo_jax.speculate.emitted`), ``depth`` the deepest tree's."""
+    return BURST, batch, depth + 2
+
+
+def _results(config: LlamaConfig) -> Live:
+    """What aliases no argument: a token, and the table of a tuple's pointers."""
+    pointers = 2 * config.num_layers + 64
+    return (Buffer("table of results", (pointers,), "pointers", 8 * pointers),)
 
 
 def _program(name: str, peaks: list[Live], always: Live) -> ProgramFootprint:

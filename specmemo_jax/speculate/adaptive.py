@@ -55,13 +55,14 @@ class TreeChooser:
     a second runs, and each other is tried again for a few steps at a time, so seldom that trying costs
     `PROBE_SHARE` of the time, and half as often each time that it has lost again. Where ``rows`` share a
     step, a tree that is faster than plain decoding by less than a margin does not count as faster: rows gain
-    unequally by it, end apart, and leave places empty where no more rows wait.
+    unequally by it, end apart, and leave places empty where no more rows wait. ``probe``: steps that a tree
+    is tried for, where `PROBE` among the rows is not meant.
     """
 
-    def __init__(self, rungs: Sequence[int], rows: int = 1):
+    def __init__(self, rungs: Sequence[int], rows: int = 1, probe: int | None = None):
         self.rungs = tuple(rungs)
         self.margin = min(MOST_MARGIN, ROW_MARGIN * (rows - 1))
-        self.probe = max(1, PROBE // rows)
+        self.probe = max(1, PROBE // rows) if probe is None else probe
         self.first_steps = max(1, FIRST_STEPS // rows)
         self._figures = {rung: _Figures() for rung in self.rungs}
         self._steps = 0

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -13,8 +14,10 @@ from specmemo_jax.draft.protocol import Drafter
 from specmemo_jax.errors import CapacityError
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.packing import Target
+from specmemo_jax.memory.footprint import BURST
 from specmemo_jax.memory.plan import MemoryPlan
 from specmemo_jax.speculate.adaptive import TreeChooser
+from specmemo_jax.speculate.emitted import read
 from specmemo_jax.speculate.program_cache import Kind, ProgramCache
 from specmemo_jax.speculate.programs import Programs
 from specmemo_jax.speculate.row_log import Request, RowLog, chunk_starts, common_prefix, history_of
@@ -22,6 +25,8 @@ from specmemo_jax.speculate.rows import Settings
 from specmemo_jax.speculate.sampling import Sampling, greedy_sampling
 from specmemo_jax.speculate.step import EngineState
 
+# Steps of a program that are not timed: a GPU records its kernels as a graph in the first ones.
+SETTLING = {False: 0, True: 4}
 SHORTEST_BURST = 0.02  # seconds: reading after every short step would cost more than a row's idle place
 
 
@@ -31,16 +36,25 @@ class Engine:
     ``drafter=None`` is vanilla decoding on the same path. ``adaptive``: move between the plan's
     trees as they pay, down to plain decoding. Rows are admitted into free
     slots at any time and never look at their neighbours. Programs are compiled when they
-    are first needed, or ahead of time by `prepare`.
+    are first needed, or ahead of time by `prepare`; ``compiled`` are those that were made before.
     """
 
-    def __init__(self, target: Target, drafter: Drafter | None, plan: MemoryPlan, adaptive: bool = False):
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        plan: MemoryPlan,
+        adaptive: bool = False,
+        compiled: ProgramCache | None = None,
+    ):
         self.target, self.adaptive = target, adaptive
         self.draft_weights = () if drafter is None else drafter.weights(target)
         self.prefilled_tokens = self.moved_rows = 0
         self._state: EngineState | None = None
         self.rows: list[RowLog | None] = []
         self.replan(drafter, plan)
+        if compiled is not None:
+            self._compiled = compiled
         greedy = greedy_sampling(1, plan.max_bad_words)
         self._greedy: Sampling = jax.tree.map(lambda leaf: np.asarray(leaf[0]), greedy)
 
@@ -52,12 +66,19 @@ class Engine:
             self.draft_weights = ()
         self.programs = Programs(self.target, drafter, plan)
         adapts = self.adaptive and len(plan.rungs) > 1
-        self.chooser = TreeChooser(plan.rungs, plan.batch) if adapts else None
+        # A GPU's step takes less than reading what it said: whole bursts are compared there.
+        probe = BURST if self._on_gpu else None
+        self.chooser = TreeChooser(plan.rungs, plan.batch, probe) if adapts else None
         self._compiled = ProgramCache(self.programs)
         self.rows = [None] * plan.batch
         self._held: list[RowLog | None] = [None] * plan.batch
         self._scored: list[int] = []  # what the last row's cache holds of `score`'s last ids
         self._step_seconds: dict[int, float] = {}  # of the last burst of each tree
+        self._ran: Counter[jax.stages.Compiled] = Counter()  # steps of each program
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.target.platform != "cpu"
 
     def close(self) -> None:
         """Free the device state; the engine allocates anew when used again."""
@@ -362,8 +383,9 @@ class Engine:
             rows = dataclasses.replace(rows, done=rows.done.at[row].set(True))
             self._state = dataclasses.replace(self._state, rows=rows)
 
-    def burst(self, max_steps: int = 8, refill: bool = False) -> None:
-        """Run up to ``max_steps`` steps without waiting in between, then read what they emitted.
+    def burst(self, max_steps: int = BURST, refill: bool = False) -> None:
+        """Run up to ``max_steps`` steps (`BURST` at most) without waiting in between, then read what they
+        emitted.
 
         ``refill``: others wait for a place, so that no more steps are run than the first row to end is
         thought to need, but for as many as take `SHORTEST_BURST` seconds. Rows in groups need `make_room`
@@ -373,7 +395,7 @@ class Engine:
         live = list(going.values())
         if not live:
             return
-        max_steps = min(max_steps, *(self._steps_left(row, log) for row, log in going.items()))
+        max_steps = min(max_steps, BURST, *(self._steps_left(row, log) for row, log in going.items()))
         nodes = self.plan.tree_nodes
         if self.chooser is not None:
             nodes, max_steps = self.chooser.choose(max_steps)
@@ -387,23 +409,26 @@ class Engine:
         for row, log in going.items():
             if nodes > 1:
                 self._catch_up(row, log.ids, log.told, log.cached)
-        began, emitted = time.perf_counter(), []
+        began = time.perf_counter()
         for _ in range(steps):
-            out = self._run(step)
-            emitted.append((out.tokens, out.counts, out.live))
-        results = jax.device_get(emitted)
+            self._run(step)
+        assert self._state is not None
+        results = read(self._state.emitted, steps)
         seconds = time.perf_counter() - began
-        self._step_seconds[nodes] = seconds / steps
+        settled = self._ran[step] >= SETTLING[self._on_gpu]
+        self._ran[step] += steps
+        if settled:
+            self._step_seconds[nodes] = seconds / steps
         turns = tokens_of_all = 0  # a row's part in a step is a turn
         for result in results:
-            for log, tokens, count, took_part in zip(self.rows, *result, strict=True):
-                if log is not None and took_part:
-                    log.ids.extend(tokens[:count].tolist())
-                    log.accepted_lengths.append(int(count))
+            for log, (count, *tokens) in zip(self.rows, result.tolist(), strict=True):
+                if log is not None and count >= 0:
+                    log.ids.extend(tokens[:count])
+                    log.accepted_lengths.append(count)
                     log.tree_nodes.append(nodes)
                     log.told = log.cached if nodes > 1 else log.told
-                    turns, tokens_of_all = turns + 1, tokens_of_all + int(count)
-        if self.chooser is not None:
+                    turns, tokens_of_all = turns + 1, tokens_of_all + count
+        if self.chooser is not None and settled:
             self.chooser.record(nodes, steps, seconds, steps * tokens_of_all / max(turns, 1))
 
     def _max_depth(self, nodes: int) -> int:

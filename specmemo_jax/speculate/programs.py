@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,10 @@ from specmemo_jax.compilation import compiler_options
 from specmemo_jax.draft.protocol import Drafter
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.packing import Target, packed_axes
+from specmemo_jax.memory.allocator import is_out_of_memory
 from specmemo_jax.memory.plan import MemoryPlan
 from specmemo_jax.parallel.sharding import placed, sharding
+from specmemo_jax.speculate.emitted import init_emitted
 from specmemo_jax.speculate.rows import Settings, init_rows
 from specmemo_jax.speculate.sampling import greedy_sampling
 from specmemo_jax.speculate.score import score_chunk
@@ -55,6 +58,7 @@ class Programs:
             caches=kv.init_caches(config.num_layers, groups, heads, D, self._kv_dtype),
             rows=init_rows(self.plan),
             draft=() if self.drafter is None else self.drafter.init(groups),
+            emitted=init_emitted(self.plan),
         )
 
     def abstract_state(self, capacity: int) -> EngineState:
@@ -64,8 +68,8 @@ class Programs:
     def step(
         self, capacity: int, sampled: bool = False, nodes: int | None = None, record: bool = False
     ) -> jax.stages.Lowered:
-        """The speculative step: ``-> state, Emitted``. ``nodes``: the tree's size, 1 for plain decoding
-        while the drafter sleeps; ``record`` adds the proposed tree to what is emitted.
+        """The speculative step: ``-> state, None``. ``nodes``: the tree's size, 1 for plain decoding while
+        the drafter sleeps; ``record`` returns the proposed tree.
         """
         drafter = self._limited(nodes)
         return self._lower(speculative_step, capacity, self.target, drafter, self._layout, sampled, record)
@@ -148,8 +152,19 @@ class Programs:
         return jitted.lower(leaves, weights, state, *inputs)
 
     def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        """With the platform's compiler options."""
-        return lowered.compile(compiler_options(self.target.platform))
+        """With the platform's compiler options; untuned where a GPU has no memory left to try kernels in."""
+        platform = self.target.platform
+        try:
+            return lowered.compile(compiler_options(platform))
+        except jax.errors.JaxRuntimeError as error:
+            if platform == "cpu" or not is_out_of_memory(error):
+                raise
+            return lowered.compile(compiler_options(platform, tuned=False))
+
+
+def tuning_bytes(target: Target) -> int:
+    """Memory to try a GPU's kernels in: about twice the largest matrix, and some for their results."""
+    return 2 * max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in target.leaves) + 2**27
 
 
 def state_shardings(mesh: Mesh, state: EngineState) -> EngineState:
@@ -163,6 +178,7 @@ def state_shardings(mesh: Mesh, state: EngineState) -> EngineState:
         caches=jax.tree.map(lambda _: sharding(mesh, kv.KV_AXES), state.caches),
         rows=dataclasses.replace(whole.rows, history=history),
         draft=whole.draft,
+        emitted=whole.emitted,
     )
 
 

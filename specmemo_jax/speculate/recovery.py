@@ -4,15 +4,8 @@ The ladder: a smaller tree, no drafter, half the rows. The context is never cut,
 tokens stay what they would have been.
 """
 
-import jax
-
 from specmemo_jax.errors import CapacityError
 from specmemo_jax.speculate.engine import Engine
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether XLA could not allocate."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def step_down(engine: Engine, error: BaseException) -> str:

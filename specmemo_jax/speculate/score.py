@@ -2,6 +2,7 @@
 for as long as it takes to read them, a few nodes at a time.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -50,4 +51,4 @@ def score_chunk(
     begin = jnp.where(found[-1, 1] >= 0, starts, 0)
     written = kv.write(cache, new, begin, own, target.platform)
     caches = kv.replace(state.caches, group, written)
-    return EngineState(caches, state.rows, state.draft), (found[:, 0], found[:, 1] > 0)
+    return dataclasses.replace(state, caches=caches), (found[:, 0], found[:, 1] > 0)

@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from specmemo_jax.draft.protocol import Drafter, State, View
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.model import Llama, by_parts, forward, logits
 from specmemo_jax.llama.packing import Target
 from specmemo_jax.speculate.accept import Accepted, accept_greedy, accept_sampled
+from specmemo_jax.speculate.emitted import Emitted, note
 from specmemo_jax.speculate.rows import Rows, Settings, advance
 from specmemo_jax.speculate.sampling import History, choose, remember
 from specmemo_jax.speculate.tree import Tree, ancestor_mask, root_only
@@ -28,25 +29,14 @@ from specmemo_jax.speculate.unbounded import choices_by_path, last_of_all_logits
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EngineState:
-    """Everything the programs change: the target's cache, the rows and the drafter's own state."""
+    """Everything the programs change: the target's cache, the rows, the drafter's own state, and what the
+    last steps said.
+    """
 
     caches: kv.Caches
     rows: Rows
     draft: State
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Emitted:
-    """What one step said: ``tokens[b, :counts[b]]``; ``live[b]``: the row took part in it.
-
-    ``tree``: what was proposed, where a recording program was asked for.
-    """
-
-    tokens: Int[Array, "B P"]
-    counts: Int[Array, " B"]
-    live: Bool[Array, " B"]
-    tree: Tree | None = None
+    emitted: Emitted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +139,7 @@ def prefill_chunk(
     if drafter is not None:
         view = View(weights, model, state.caches, target.platform, group)
         draft = drafter.observe(view, draft, rows, tokens, starts, count[None])
-    return EngineState(caches, advanced, draft), first
+    return EngineState(caches, advanced, draft, state.emitted), first
 
 
 def _read(
@@ -175,8 +165,9 @@ def speculative_step(
     leaves: tuple[Array, ...],
     weights: Any,
     state: EngineState,
-) -> tuple[EngineState, Emitted]:
-    """Draft, verify, accept, commit: every row emits between one token and its tree's depth + 1.
+) -> tuple[EngineState, Tree | None]:
+    """Draft, verify, accept, commit: every row emits between one token and its tree's depth + 1. Returns the
+    proposed tree where it is to be recorded.
 
     Without a drafter the tree is the root alone, which is plain decoding; the state of a drafter
     that sleeps passes through.
@@ -204,9 +195,8 @@ def speculative_step(
     if drafter is not None:
         committed = jnp.concatenate([rows.pending[:, None], accepted.emitted[:, :-1]], axis=1)
         draft = drafter.observe(view, draft, every, committed, rows.lengths, counts)
-    return EngineState(caches, advanced, draft), Emitted(
-        accepted.emitted, counts, ~rows.done, tree if record else None
-    )
+    emitted = note(state.emitted, accepted.emitted, counts, ~rows.done)
+    return EngineState(caches, advanced, draft, emitted), tree if record else None
 
 
 def catch_up(
@@ -270,7 +260,7 @@ def move(
     draft = state.draft
     if drafter is not None:
         draft = drafter.move(draft, at, to, platform)
-    return EngineState(caches, dataclasses.replace(rows, done=done), draft), None
+    return EngineState(caches, dataclasses.replace(rows, done=done), draft, state.emitted), None
 
 
 def _verifier(

@@ -22,6 +22,7 @@ from specmemo_jax.sampling_params import SamplingParams
 from specmemo_jax.serve import device_sampling, pad_bad_words
 from specmemo_jax.speculate import step
 from specmemo_jax.speculate.accept import Accepted
+from specmemo_jax.speculate.emitted import Emitted, read
 from specmemo_jax.speculate.engine import Engine
 from specmemo_jax.speculate.row_log import Request
 from specmemo_jax.speculate.sampling import choose, remember
@@ -74,7 +75,10 @@ def draw(drafter):
     sampling = device_sampling(PARAMS, PROMPT, 0, pad_bad_words((), plan))
     pending = engine.admit(0, Request(PROMPT, 30, (), sampling))
     # By NumPy: an operation of JAX would be compiled for each shape.
-    many = jax.tree.map(lambda leaf: jax.device_put(np.repeat(leaf, ROWS, axis=0)), engine.take_state())
+    state = engine.take_state()
+    log = Emitted(np.repeat(state.emitted.log, ROWS, axis=1), state.emitted.slot)
+    many = jax.tree.map(lambda leaf: jax.device_put(np.repeat(leaf, ROWS, axis=0)), state)
+    many = dataclasses.replace(many, emitted=log)
     run = jax.jit(functools.partial(step.speculative_step, TARGET, drafter, step.Layout(), True, False))
     counts, emitted = np.zeros((V, V)), 0
     for block in range(DRAWS // ROWS):
@@ -83,9 +87,10 @@ def draw(drafter):
             many.rows.settings, sampling=dataclasses.replace(many.rows.settings.sampling, key=keys)
         )
         state = dataclasses.replace(many, rows=dataclasses.replace(many.rows, settings=settings))
-        state, first = run(TARGET.leaves, engine.draft_weights, state)
-        state, second = run(TARGET.leaves, engine.draft_weights, state)
-        one, n, two = (np.asarray(x) for x in (first.tokens, first.counts, second.tokens))
+        state, _ = run(TARGET.leaves, engine.draft_weights, state)
+        state, _ = run(TARGET.leaves, engine.draft_weights, state)
+        first, second = read(state.emitted, 2)
+        n, one, two = first[:, 0], first[:, 1:], second[:, 1:]
         np.add.at(counts, (one[:, 0], np.where(n > 1, one[:, min(1, one.shape[1] - 1)], two[:, 0])), 1)
         emitted += int(n.sum())
     engine.close()

@@ -12,10 +12,11 @@ from specmemo_jax.draft import DraftModel, NgramDrafter, Shape
 from specmemo_jax.errors import CapacityError, CapacityWarning
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.packing import pack
+from specmemo_jax.memory.allocator import is_out_of_memory
 from specmemo_jax.memory.plan import POLICIES, lay_out, make_plan
 from specmemo_jax.parallel.sharding import MODEL, model_mesh, sharding
 from specmemo_jax.serve import device_sampling
-from specmemo_jax.speculate import recovery
+from specmemo_jax.speculate.emitted import read
 from specmemo_jax.speculate.engine import Engine
 from specmemo_jax.speculate.programs import Programs
 from specmemo_jax.speculate.row_log import Request
@@ -152,8 +153,8 @@ def test_a_lost_cache_is_rebuilt_and_the_tokens_stay(monkeypatch):
 
 
 def test_other_failures_are_not_taken_for_it():
-    assert not recovery.is_out_of_memory(ValueError("RESOURCE_EXHAUSTED"))
-    assert not recovery.is_out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: bug"))
+    assert not is_out_of_memory(ValueError("RESOURCE_EXHAUSTED"))
+    assert not is_out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: bug"))
 
 
 def test_a_mesh_says_the_same(vanilla):
@@ -183,8 +184,9 @@ def test_a_mesh_says_the_same(vanilla):
         state, first = prefill(leaves, weights_of, state, *inputs)
         ids = [int(first)]
         for _ in range(12):
-            state, out = step(leaves, weights_of, state)
-            ids += np.asarray(out.tokens)[1, : int(out.counts[1])].tolist()
+            state, _ = step(leaves, weights_of, state)
+            count, *tokens = read(state.emitted, 1)[0, 1].tolist()
+            ids += tokens[:count]
         results.append(ids)
     assert results[0] == results[1]
     assert len(results[0]) > 12
