@@ -6,11 +6,13 @@
     python scripts/bench_batch.py --mixing --batches 4,10      # what prompts read inside the steps could save
     python scripts/bench_batch.py --model llama-2-7b-chat --random-weights --dtype bfloat16 --batches 1,10
 
-One run; for each batch size both engines answer the same rows, a round of one and then of the other, more
+One run; for each batch size both engines answer the same rows, a burst of one and then of the other, more
 rows than the batch holds, so that finished rows are refilled. Speeds count the answers' tokens over the whole
-time, prefill included. Trees move as they pay (adaptive), as a user has them. ``--mixing`` bounds from above
-what chunks that hold the rows' steps, too, would save: such a pass takes at least as long as a chunk, holds
-fewer tokens of the prompt by the batch, and saves one step. ``--random-weights`` takes a zoo model's shapes
+time, prefill included. Trees move as they pay (adaptive), as a user has them. The ratio is the median of the
+rounds', whose least and most stand beside it; ``--drafter none`` compares plain decoding with itself, which
+tells how much of a ratio is noise. ``--mixing`` bounds from above what chunks that hold the rows' steps, too,
+would save: such a pass takes at least as long as a chunk, holds fewer tokens of the prompt by the batch, and
+saves one step. ``--random-weights`` takes a zoo model's shapes
 without its weights: what a step costs is the same, but answers are noise, and guesses fail.
 """
 
@@ -104,22 +106,46 @@ def timed(llm: LLM, prompts: list, params: list[SamplingParams]) -> tuple[float,
     return sum(len(output.outputs[0].token_ids) for output in outputs) / seconds, outputs
 
 
+def by_turns(
+    llms: dict[str, LLM], prompts: list, params: SamplingParams
+) -> dict[str, tuple[float, list[RequestOutput]]]:
+    """What `timed` gives of each, a burst of one and then of the other: a machine's moods meet them all."""
+    jobs = {
+        name: [llm.job(prompt, params, place) for place, prompt in enumerate(prompts)]
+        for name, llm in llms.items()
+    }
+    running = {name: llm.run_jobs(jobs[name]) for name, llm in llms.items()}
+    seconds = dict.fromkeys(llms, 0.0)
+    while running:
+        for name in list(running):
+            began = time.perf_counter()
+            if next(running[name], None) is None:
+                del running[name]
+            seconds[name] += time.perf_counter() - began
+    found = {}
+    for name, own in jobs.items():
+        outputs = [job.output for job in own if job.output is not None]
+        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        found[name] = tokens / seconds[name], outputs
+    return found
+
+
 def compared(options: argparse.Namespace, prompts: list, batches: list[int]) -> int:
     """The table over batch sizes."""
     params = SamplingParams(temperature=0, max_tokens=options.new_tokens, ignore_eos=options.random_weights)
     first, lost = {}, 0
     print(
-        f"{'batch':>5}{'plain':>9}{'specul.':>9}{'ratio':>7}{'accepted':>10}{'mean tree':>10}  over batch 1"
+        f"{'batch':>5}{'plain':>9}{'specul.':>9}{'ratio':>7}{'rounds':>12}{'accepted':>10}{'mean tree':>10}"
+        "  over batch 1"
     )
     for batch in batches:
         rows = [prompts[n % len(prompts)] for n in range(max(8, options.rows * batch))]
         speeds: dict[str, list[float]] = {"plain": [], "speculative": []}
         steps, tokens, nodes, answers = 0, 0, 0, {}
         with engine(options, batch, None) as plain, engine(options, batch, options.drafter) as speculative:
-            both = (("plain", plain), ("speculative", speculative))
+            both = {"plain": plain, "speculative": speculative}
             for number in range(options.rounds + 1):  # the first compiles, and finds the trees
-                for name, llm in both if number % 2 else both[::-1]:
-                    speed, outputs = timed(llm, rows, [params] * len(rows))
+                for name, (speed, outputs) in by_turns(both, rows, params).items():
                     answers[name] = [output.outputs[0].token_ids for output in outputs]
                     if number:
                         speeds[name].append(speed)
@@ -128,12 +154,13 @@ def compared(options: argparse.Namespace, prompts: list, batches: list[int]) -> 
                         tokens += sum(sum(output.metrics.accepted_lengths) for output in outputs)
                         nodes += sum(sum(output.metrics.tree_nodes) for output in outputs)
         best = {name: statistics.median(found) for name, found in speeds.items()}
-        ratio = statistics.median(s / p for s, p in zip(speeds["speculative"], speeds["plain"], strict=True))
+        ratios = [s / p for s, p in zip(speeds["speculative"], speeds["plain"], strict=True)]
+        ratio, spread = statistics.median(ratios), f"{min(ratios):.2f}-{max(ratios):.2f}"
         first = first or best
         over = ", ".join(f"{best[name] / first[name]:.2f}x {name}" for name in best)
         print(
-            f"{batch:>5}{best['plain']:>9.1f}{best['speculative']:>9.1f}{ratio:>7.2f}{tokens / steps:>10.2f}"
-            f"{nodes / steps:>10.1f}  {over}",
+            f"{batch:>5}{best['plain']:>9.1f}{best['speculative']:>9.1f}{ratio:>7.2f}{spread:>12}"
+            f"{tokens / steps:>10.2f}{nodes / steps:>10.1f}  {over}",
             flush=True,
         )
         different = sum(a != b for a, b in zip(answers["plain"], answers["speculative"], strict=True))

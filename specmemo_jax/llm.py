@@ -130,9 +130,9 @@ class LLM:
         )
         self.drafter = self.plan.drafter
         assert self.drafter is None or isinstance(self.drafter, Drafter)
-        limit_allocator(self.plan.peak_bytes - spec.reserve_bytes, spec)
-        device = jax.devices()[0]
         needed = self.plan.peak_bytes - spec.reserve_bytes
+        limit_allocator(needed, spec)
+        device = jax.devices()[0]
         pool = check_allocator(needed, [device])
         enable_compilation_cache(compilation_cache)
         self._seeds = np.random.default_rng(seed)

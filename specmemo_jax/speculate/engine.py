@@ -25,8 +25,7 @@ from specmemo_jax.speculate.rows import Settings
 from specmemo_jax.speculate.sampling import Sampling, greedy_sampling
 from specmemo_jax.speculate.step import EngineState
 
-# Steps of a program that are not timed: a GPU records its kernels as a graph in the first ones.
-SETTLING = {False: 0, True: 4}
+SETTLING = 4  # steps of a program in which a GPU records its kernels as a graph: they are not timed
 SHORTEST_BURST = 0.02  # seconds: reading after every short step would cost more than a row's idle place
 
 
@@ -415,7 +414,7 @@ class Engine:
         assert self._state is not None
         results = read(self._state.emitted, steps)
         seconds = time.perf_counter() - began
-        settled = self._ran[step] >= SETTLING[self._on_gpu]
+        settled = not self._on_gpu or self._ran[step] >= SETTLING
         self._ran[step] += steps
         if settled:
             self._step_seconds[nodes] = seconds / steps

@@ -5,15 +5,18 @@ import pytest
 from specmemo_jax.speculate.adaptive import PROBE, TreeChooser
 
 
-def run(chooser, seconds, tokens, steps=4000, burst=8):
-    """Time and tokens of a run in which a step of each tree costs and gives what the mappings say."""
+def run(chooser, seconds, tokens, steps=4000, burst=8, reading=0.0):
+    """Time and tokens of a run in which a step of each tree costs and gives what the mappings say, and
+    reading what a burst said costs something, too.
+    """
     time = got = done = 0
     used = dict.fromkeys(chooser.rungs, 0)
     while done < steps:
         nodes, count = chooser.choose(burst)
         gain = tokens[nodes](done) if callable(tokens[nodes]) else tokens[nodes]
-        chooser.record(nodes, count, count * seconds[nodes], count * gain)
-        time, got, done = time + count * seconds[nodes], got + count * gain, done + count
+        took = count * seconds[nodes] + reading
+        chooser.record(nodes, count, took, count * gain)
+        time, got, done = time + took, got + count * gain, done + count
         used[nodes] += count
     return time, got, used
 
@@ -67,3 +70,11 @@ def test_trying_is_cheaper_where_many_rows_tell(rows):
     time, got, used = run(chooser, {1: 1.0, 4: 2.0}, {1: 1.0, 4: 1.4}, steps=400)
     assert used[4] <= (48 if rows == 1 else 12)
     assert got / time > (0.93 if rows == 1 else 0.985)
+
+
+def test_trees_are_compared_by_whole_bursts_where_reading_takes_as_long_as_a_step():
+    seconds, tokens = {1: 1.0, 8: 1.1}, {1: 1.0, 8: 1.05}
+    _, _, used = run(TreeChooser((1, 8), rows=4, probe=8), seconds, tokens, reading=1.0)
+    assert used[1] > 3500
+    _, _, used = run(TreeChooser((1, 8), rows=4), seconds, tokens, reading=1.0)
+    assert used[1] < 500  # a try of one step seems to cost two

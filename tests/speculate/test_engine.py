@@ -326,3 +326,25 @@ def test_how_long_a_row_will_go_is_told_by_its_pace():
     assert log.steps_to_end(1) == log.steps_to_end(8) == 20
     log.accepted_lengths, log.tree_nodes = [1, 4, 2], [1, 8, 8]
     assert (log.steps_to_end(1), log.steps_to_end(8)) == (20, 7)
+
+
+def test_steps_in_which_a_gpu_records_its_graph_are_not_timed(monkeypatch):
+    monkeypatch.setattr(Engine, "_on_gpu", True)
+    engine, told = engine_for(None, 1, 256, "float32"), []
+    engine._ran.clear()  # other tests have used it
+
+    class Chooser:
+        def choose(self, steps):
+            return 1, min(steps, 3)
+
+        def record(self, nodes, steps, seconds, tokens):
+            told.append((nodes, steps))
+
+    try:
+        engine.admit(0, Request(PROMPTS[0], 12))
+        monkeypatch.setattr(engine, "chooser", Chooser())
+        for expected in ([], [], [(1, 3)], [(1, 3), (1, 2)]):
+            engine.burst()
+            assert told == expected
+    finally:
+        engine.close()
