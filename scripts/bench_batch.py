@@ -144,12 +144,12 @@ def compared(options: argparse.Namespace, prompts: list, batches: list[int]) -> 
         steps, tokens, nodes, answers = 0, 0, 0, {}
         with engine(options, batch, None) as plain, engine(options, batch, options.drafter) as speculative:
             both = {"plain": plain, "speculative": speculative}
-            for number in range(options.rounds + 1):  # the first compiles, and finds the trees
+            for number in range(-2, options.rounds):  # two rounds compile, and find the trees
                 for name, (speed, outputs) in by_turns(both, rows, params).items():
                     answers[name] = [output.outputs[0].token_ids for output in outputs]
-                    if number:
+                    if number >= 0:
                         speeds[name].append(speed)
-                    if number and name == "speculative":
+                    if number >= 0 and name == "speculative":
                         steps += sum(output.metrics.steps for output in outputs)
                         tokens += sum(sum(output.metrics.accepted_lengths) for output in outputs)
                         nodes += sum(sum(output.metrics.tree_nodes) for output in outputs)

@@ -25,7 +25,9 @@ from specmemo_jax.speculate.rows import Settings
 from specmemo_jax.speculate.sampling import Sampling, greedy_sampling
 from specmemo_jax.speculate.step import EngineState
 
-SETTLING = 4  # steps of a program in which a GPU records its kernels as a graph: they are not timed
+# Steps of a program that are not timed: in them a GPU records its kernels as a graph, and XLA's CPU libraries
+# prepare themselves (the first step of a tree of 4, batch 4, took 7 times the next).
+CPU_SETTLING, GPU_SETTLING = 1, 4
 SHORTEST_BURST = 0.02  # seconds: reading after every short step would cost more than a row's idle place
 
 
@@ -414,10 +416,9 @@ class Engine:
         assert self._state is not None
         results = read(self._state.emitted, steps)
         seconds = time.perf_counter() - began
-        settled = not self._on_gpu or self._ran[step] >= SETTLING
+        settled = self._ran[step] >= (GPU_SETTLING if self._on_gpu else CPU_SETTLING)
         self._ran[step] += steps
-        if settled:
-            self._step_seconds[nodes] = seconds / steps
+        self._step_seconds[nodes] = seconds / steps
         turns = tokens_of_all = 0  # a row's part in a step is a turn
         for result in results:
             for log, (count, *tokens) in zip(self.rows, result.tolist(), strict=True):
