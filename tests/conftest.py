@@ -43,6 +43,15 @@ def only_memory(monkeypatch):
     )
 
 
+@pytest.fixture(scope="module")
+def quick_programs():
+    """For modules whose programs are many and run for milliseconds: LLVM does not optimise them."""
+    options = {**(compiler_options("cpu") or {}), "xla_backend_optimization_level": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specmemo_jax.speculate.programs.compiler_options", lambda *_, **__: options)
+        yield
+
+
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
