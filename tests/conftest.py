@@ -32,23 +32,23 @@ install_import_hook(ROOMS, "beartype.beartype")
 from specmemo_jax.compilation import compiler_options
 
 
+def _compile_quickly(patch):
+    """Programs that LLVM does not optimise; XLA has fused operations and assigned buffers before."""
+    options = {**(compiler_options("cpu") or {}), "xla_backend_optimization_level": 0}
+    patch.setattr("specmemo_jax.speculate.programs.compiler_options", lambda platform, tuned=True: options)
+
+
 @pytest.fixture
 def only_memory(monkeypatch):
-    """Programs that are asked for their memory alone, compiled in less time: XLA assigns the buffers before
-    LLVM optimises the code.
-    """
-    options = {**(compiler_options("cpu") or {}), "xla_backend_optimization_level": 0}
-    monkeypatch.setattr(
-        "specmemo_jax.speculate.programs.compiler_options", lambda platform, tuned=True: options
-    )
+    """For programs that are asked for their memory alone."""
+    _compile_quickly(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def quick_programs():
-    """For modules whose programs are many and run for milliseconds: LLVM does not optimise them."""
-    options = {**(compiler_options("cpu") or {}), "xla_backend_optimization_level": 0}
+    """For modules whose programs are many and run for milliseconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specmemo_jax.speculate.programs.compiler_options", lambda *_, **__: options)
+        _compile_quickly(patch)
         yield
 
 

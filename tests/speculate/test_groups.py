@@ -150,7 +150,7 @@ def test_a_row_that_finds_no_room_waits():
 
 
 @pytest.mark.parametrize(("name", "kv_dtype"), [("ngram", None), ("model", "int8")])
-def test_the_plan_holds_for_every_program(name, kv_dtype, only_memory):
+def test_the_plan_holds_for_every_program(name, kv_dtype):
     engine = engine_for(name, GROUPS, kv_dtype)
     plan, state = engine.plan, engine.programs.abstract_state(engine.plan.capacities[-1])
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
