@@ -12,8 +12,8 @@ time, prefill included. Trees move as they pay (adaptive), as a user has them. T
 rounds', whose least and most stand beside it; ``--drafter none`` compares plain decoding with itself, which
 tells how much of a ratio is noise. ``--mixing`` bounds from above what chunks that hold the rows' steps, too,
 would save: such a pass takes at least as long as a chunk, holds fewer tokens of the prompt by the batch, and
-saves one step. ``--random-weights`` takes a zoo model's shapes
-without its weights: what a step costs is the same, but answers are noise, and guesses fail.
+saves one step. ``--random-weights`` takes a zoo model's shapes without its weights: what a step costs is the
+same, but answers are noise, and guesses fail.
 """
 
 import argparse

@@ -19,6 +19,7 @@ from specmemo_jax.loading import open_draft_model, open_model
 from specmemo_jax.memory.allocator import check_allocator, limit_allocator
 from specmemo_jax.memory.budget import parse_bytes
 from specmemo_jax.memory.devices import live_device
+from specmemo_jax.memory.footprint import BURST
 from specmemo_jax.memory.plan import MemoryPlan
 from specmemo_jax.memory.planner import Task, search
 from specmemo_jax.outputs import RequestOutput
@@ -292,7 +293,7 @@ class LLM:
         return [job.output for job in jobs if job.output is not None]
 
     def run_jobs(
-        self, jobs: Iterable[Job], burst: int = 8, ahead: int | None = None
+        self, jobs: Iterable[Job], burst: int = BURST, ahead: int | None = None
     ) -> Generator[Job, None, None]:
         """`specmemo_jax.serve.serve`: the jobs, each whenever it has grown. A call that fails may have eaten
         its donated buffers, so the next starts afresh.

@@ -12,6 +12,7 @@ import numpy as np
 
 from specmemo_jax.errors import CapacityWarning, RequestError
 from specmemo_jax.memory.allocator import is_out_of_memory
+from specmemo_jax.memory.footprint import BURST
 from specmemo_jax.memory.plan import MemoryPlan
 from specmemo_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from specmemo_jax.sampling_params import SamplingParams
@@ -82,7 +83,7 @@ Waiting = tuple[Job, RowLog | None]
 
 
 def serve(
-    engine: Engine, jobs: Iterable[Job], burst: int = 8, ahead: int | None = None
+    engine: Engine, jobs: Iterable[Job], burst: int = BURST, ahead: int | None = None
 ) -> Generator[Job, None, None]:
     """Run all ``jobs``, in as many rows as the plan has; yields a job whenever its answer has grown.
 
