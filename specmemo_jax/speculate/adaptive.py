@@ -10,9 +10,10 @@ from collections import deque
 from collections.abc import Sequence
 
 FIRST_STEPS = 16  # of the largest tree before others are tried, where one row decodes
-WINDOW = 32  # steps of a tree that its figures are taken over
+WINDOW = 256  # steps of a tree that its figures are taken over: texts that repeat come by chance
 PROBE = 4  # steps a tree is tried for; of several rows each counts, so that fewer will do
 FIRST_PATIENCE, LAST_PATIENCE = 32, 1024  # steps until a losing tree is tried again
+MOST_HALVINGS = 3  # of how often it is tried
 PROBE_SHARE = 0.01  # of the time, the most that trying one losing tree may cost
 ROW_MARGIN, MOST_MARGIN = 0.05, 0.15  # a row, in all: the slowest of the rows gains least by trees
 
@@ -53,7 +54,7 @@ class TreeChooser:
     `choose` names the next burst's tree and how many steps it may run; `record` takes in what came
     of it. The largest tree runs first, then each other is tried; from there on the one of most tokens
     a second runs, and each other is tried again for a few steps at a time, so seldom that trying costs
-    `PROBE_SHARE` of the time, and half as often each time that it has lost again. Where ``rows`` share a
+    `PROBE_SHARE` of the time, and half as often each time that it has lost again, `MOST_HALVINGS` times. Where ``rows`` share a
     step, a tree that is faster than plain decoding by less than a margin does not count as faster: rows gain
     unequally by it, end apart, and leave places empty where no more rows wait. ``probe``: steps that a tree
     is tried for, where `PROBE` among the rows is not meant.
@@ -102,6 +103,5 @@ class TreeChooser:
         lost = max(0.0, used.seconds - used.tokens / best.rate)  # a step's, against the best tree
         wait = max(FIRST_PATIENCE, self.probe * lost / (PROBE_SHARE * best.seconds))
         used.losses = 0 if used is best else used.losses + 1
-        used.patience = (
-            int(min(wait * 2 ** (used.losses - 1), LAST_PATIENCE)) if used.losses else FIRST_PATIENCE
-        )
+        halvings = min(max(0, used.losses - 1), MOST_HALVINGS)
+        used.patience = int(min(wait * 2**halvings, LAST_PATIENCE)) if used.losses else FIRST_PATIENCE

@@ -13,8 +13,8 @@ def run(chooser, seconds, tokens, steps=4000, burst=8, reading=0.0):
     used = dict.fromkeys(chooser.rungs, 0)
     while done < steps:
         nodes, count = chooser.choose(burst)
-        gain = tokens[nodes](done) if callable(tokens[nodes]) else tokens[nodes]
-        took = count * seconds[nodes] + reading
+        gain, cost = (of[nodes](done) if callable(of[nodes]) else of[nodes] for of in (tokens, seconds))
+        took = count * cost + reading
         chooser.record(nodes, count, took, count * gain)
         time, got, done = time + took, got + count * gain, done + count
         used[nodes] += count
@@ -42,6 +42,22 @@ def test_it_comes_back_when_the_text_changes():
     time, got, used = run(TreeChooser((1, 8)), {1: 1.0, 8: 1.5}, tokens, steps=6000)
     assert used[8] > 2000
     assert got / time > 1.0
+
+
+def test_a_tree_that_pays_now_and_then_is_kept_meanwhile():
+    # A drafter that guesses where the text repeats, and costs next to nothing where it does not.
+    repeats = [done % 160 < 32 for done in range(8000)]
+    seconds = {1: 1.0, 16: lambda done: 2.0 if repeats[done] else 1.02}
+    tokens = {1: 1.0, 16: lambda done: 4.0 if repeats[done] else 1.0}
+    time, got, _ = run(TreeChooser((1, 16)), seconds, tokens, steps=6000)
+    always = sum(map(tokens[16], range(6000))) / sum(map(seconds[16], range(6000)))
+    assert got / time > 0.97 * always
+
+
+def test_a_losing_tree_that_costs_little_stays_within_reach():
+    tokens = {1: 1.0, 16: lambda done: 1.0 if done < 4000 else 2.0}
+    _, _, used = run(TreeChooser((1, 16)), {1: 1.0, 16: 1.1}, tokens, steps=6000)
+    assert used[16] > 1000
 
 
 def test_a_losing_tree_is_tried_seldom():
