@@ -54,10 +54,10 @@ class TreeChooser:
     `choose` names the next burst's tree and how many steps it may run; `record` takes in what came
     of it. The largest tree runs first, then each other is tried; from there on the one of most tokens
     a second runs, and each other is tried again for a few steps at a time, so seldom that trying costs
-    `PROBE_SHARE` of the time, and half as often each time that it has lost again, `MOST_HALVINGS` times. Where ``rows`` share a
-    step, a tree that is faster than plain decoding by less than a margin does not count as faster: rows gain
-    unequally by it, end apart, and leave places empty where no more rows wait. ``probe``: steps that a tree
-    is tried for, where `PROBE` among the rows is not meant.
+    `PROBE_SHARE` of the time, and half as often each time that it has lost again, `MOST_HALVINGS` times.
+    Where ``rows`` share a step, a tree that is faster than plain decoding by less than a margin does not
+    count as faster: rows gain unequally by it, end apart, and leave places empty where no more rows wait.
+    ``probe``: steps that a tree is tried for, where `PROBE` among the rows is not meant.
     """
 
     def __init__(self, rungs: Sequence[int], rows: int = 1, probe: int | None = None):
