@@ -104,4 +104,4 @@ class TreeChooser:
         wait = max(FIRST_PATIENCE, self.probe * lost / (PROBE_SHARE * best.seconds))
         used.losses = 0 if used is best else used.losses + 1
         halvings = min(max(0, used.losses - 1), MOST_HALVINGS)
-        used.patience = int(min(wait * 2**halvings, LAST_PATIENCE)) if used.losses else FIRST_PATIENCE
+        used.patience = int(min(wait * 2**halvings, LAST_PATIENCE))

@@ -46,7 +46,7 @@ def test_it_comes_back_when_the_text_changes():
 
 def test_a_tree_that_pays_now_and_then_is_kept_meanwhile():
     # A drafter that guesses where the text repeats, and costs next to nothing where it does not.
-    repeats = [done % 160 < 32 for done in range(8000)]
+    repeats = [done % 160 < 32 for done in range(6000)]
     seconds = {1: 1.0, 16: lambda done: 2.0 if repeats[done] else 1.02}
     tokens = {1: 1.0, 16: lambda done: 4.0 if repeats[done] else 1.0}
     time, got, _ = run(TreeChooser((1, 16)), seconds, tokens, steps=6000)
