@@ -6,14 +6,16 @@
     python scripts/bench_batch.py --mixing --batches 4,10      # what prompts read inside the steps could save
     python scripts/bench_batch.py --model llama-2-7b-chat --random-weights --dtype bfloat16 --batches 1,10
 
-One run; for each batch size both engines answer the same rows, a burst of one and then of the other, more
-rows than the batch holds, so that finished rows are refilled. Speeds count the answers' tokens over the whole
-time, prefill included. Trees move as they pay (adaptive), as a user has them. The ratio is the median of the
-rounds', whose least and most stand beside it; ``--drafter none`` compares plain decoding with itself, which
-tells how much of a ratio is noise. ``--mixing`` bounds from above what chunks that hold the rows' steps, too,
-would save: such a pass takes at least as long as a chunk, holds fewer tokens of the prompt by the batch, and
-saves one step. ``--random-weights`` takes a zoo model's shapes without its weights: what a step costs is the
-same, but answers are noise, and guesses fail.
+One run; for each batch size a plain engine, a speculative one and, as a control, a second plain one answer
+the same rows over the same weights, a burst of each in turn, more rows than the batch holds, so that finished
+rows are refilled. Speeds count the answers' tokens over the whole time, prefill included. Trees move as they
+pay (adaptive), as a user has them. Ratios are over the first plain engine, medians of the rounds', of which
+the least and the most stand beside them; the control's tells how much of a ratio is noise.
+
+``--mixing`` bounds from above what chunks that hold the rows' steps, too, would save: such a pass takes at
+least as long as a chunk, holds fewer tokens of the prompt by the batch, and saves one step.
+``--random-weights`` takes a zoo model's shapes without its weights: what a step costs is the same, but
+answers are noise, and guesses fail.
 """
 
 import argparse
@@ -25,7 +27,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -98,18 +100,33 @@ def random_weights(config: LlamaConfig, dtype: str) -> dict[str, np.ndarray]:
     return tensors
 
 
+def share_weights(llms: Iterable[LLM]) -> None:
+    """All read the first one's: a copy each may lie better or worse in memory, and would fill a GPU."""
+    first, *others = llms
+    for llm in others:
+        own, engine = llm.target, llm.engine
+        llm.target = engine.target = first.target
+        engine.draft_weights = () if engine.drafter is None else engine.drafter.weights(first.target)
+        for leaf in own.leaves:
+            leaf.delete()
+
+
+def tokens_of(outputs: Iterable[RequestOutput]) -> int:
+    """New tokens in all."""
+    return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+
 def timed(llm: LLM, prompts: list, params: list[SamplingParams]) -> tuple[float, list[RequestOutput]]:
     """Tokens a second of one call, and its answers."""
     began = time.perf_counter()
     outputs = llm.generate(prompts, params)
-    seconds = time.perf_counter() - began
-    return sum(len(output.outputs[0].token_ids) for output in outputs) / seconds, outputs
+    return tokens_of(outputs) / (time.perf_counter() - began), outputs
 
 
 def by_turns(
     llms: dict[str, LLM], prompts: list, params: SamplingParams
 ) -> dict[str, tuple[float, list[RequestOutput]]]:
-    """What `timed` gives of each, a burst of one and then of the other: a machine's moods meet them all."""
+    """What `timed` gives of each, a burst of each in turn: a machine's moods meet them all."""
     jobs = {
         name: [llm.job(prompt, params, place) for place, prompt in enumerate(prompts)]
         for name, llm in llms.items()
@@ -125,8 +142,7 @@ def by_turns(
     found = {}
     for name, own in jobs.items():
         outputs = [job.output for job in own if job.output is not None]
-        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-        found[name] = tokens / seconds[name], outputs
+        found[name] = tokens_of(outputs) / seconds[name], outputs
     return found
 
 
@@ -135,39 +151,53 @@ def compared(options: argparse.Namespace, prompts: list, batches: list[int]) -> 
     params = SamplingParams(temperature=0, max_tokens=options.new_tokens, ignore_eos=options.random_weights)
     first, lost = {}, 0
     print(
-        f"{'batch':>5}{'plain':>9}{'specul.':>9}{'ratio':>7}{'rounds':>12}{'accepted':>10}{'mean tree':>10}"
-        "  over batch 1"
+        f"{'batch':>5}{'plain':>9}{'specul.':>9}{'ratio':>7}{'rounds':>12}{'control':>9}{'rounds':>12}"
+        f"{'accepted':>10}{'mean tree':>10}  over batch 1"
     )
     for batch in batches:
         rows = [prompts[n % len(prompts)] for n in range(max(8, options.rows * batch))]
-        speeds: dict[str, list[float]] = {"plain": [], "speculative": []}
-        steps, tokens, nodes, answers = 0, 0, 0, {}
-        with engine(options, batch, None) as plain, engine(options, batch, options.drafter) as speculative:
-            both = {"plain": plain, "speculative": speculative}
-            for number in range(-2, options.rounds):  # two rounds compile, and find the trees
-                for name, (speed, outputs) in by_turns(both, rows, params).items():
-                    answers[name] = [output.outputs[0].token_ids for output in outputs]
-                    if number >= 0:
-                        speeds[name].append(speed)
-                    if number >= 0 and name == "speculative":
-                        steps += sum(output.metrics.steps for output in outputs)
-                        tokens += sum(sum(output.metrics.accepted_lengths) for output in outputs)
-                        nodes += sum(sum(output.metrics.tree_nodes) for output in outputs)
-        best = {name: statistics.median(found) for name, found in speeds.items()}
-        ratios = [s / p for s, p in zip(speeds["speculative"], speeds["plain"], strict=True)]
-        ratio, spread = statistics.median(ratios), f"{min(ratios):.2f}-{max(ratios):.2f}"
+        with contextlib.ExitStack() as stack:
+            llms = {
+                name: stack.enter_context(engine(options, batch, drafter))
+                for name, drafter in (("plain", None), ("speculative", options.drafter), ("control", None))
+            }
+            share_weights(llms.values())
+            for _ in range(2):  # they compile, and find the trees
+                by_turns(llms, rows, params)
+            rounds = [by_turns(llms, rows, params) for _ in range(options.rounds)]
+        speeds = {name: [found[name][0] for found in rounds] for name in llms}
+        best = {name: statistics.median(speeds[name]) for name in ("plain", "speculative")}
+        ratio, spread = ratios(speeds["speculative"], speeds["plain"])
+        control, control_spread = ratios(speeds["control"], speeds["plain"])
+        metrics = [output.metrics for found in rounds for output in found["speculative"][1]]
+        steps = sum(each.steps for each in metrics)
+        accepted = sum(sum(each.accepted_lengths) for each in metrics) / steps
+        nodes = sum(sum(each.tree_nodes) for each in metrics) / steps
         first = first or best
         over = ", ".join(f"{best[name] / first[name]:.2f}x {name}" for name in best)
         print(
             f"{batch:>5}{best['plain']:>9.1f}{best['speculative']:>9.1f}{ratio:>7.2f}{spread:>12}"
-            f"{tokens / steps:>10.2f}{nodes / steps:>10.1f}  {over}",
+            f"{control:>9.2f}{control_spread:>12}{accepted:>10.2f}{nodes:>10.1f}  {over}",
             flush=True,
         )
-        different = sum(a != b for a, b in zip(answers["plain"], answers["speculative"], strict=True))
+        answers = [
+            {name: [o.outputs[0].token_ids for o in outputs] for name, (_, outputs) in found.items()}
+            for found in rounds
+        ]
+        different = max(
+            sum(a != b for a, b in zip(found["plain"], found["speculative"], strict=True))
+            for found in answers
+        )
         lost += ratio < 0.98 or (different > 0 and options.dtype == "float32")
         if different:
             print(f"      {different} of {len(rows)} answers differ")
     return int(lost > 0)
+
+
+def ratios(speeds: list[float], over: list[float]) -> tuple[float, str]:
+    """The median of the rounds' ratios, and their least and most."""
+    each = [speed / other for speed, other in zip(speeds, over, strict=True)]
+    return statistics.median(each), f"{min(each):.2f}-{max(each):.2f}"
 
 
 def refilled(options: argparse.Namespace, prompts: list, batches: list[int]) -> int:

@@ -259,7 +259,8 @@ def start_state(engine: Engine, capacity: int, batch: int) -> Any:
     )
     draft = state.draft
     if engine.drafter is not None:
-        draft = jnp.asarray(np.random.default_rng(0).integers(0, 50, draft.shape), jnp.int32)
+        history = np.random.default_rng(0).integers(0, 50, draft.history.shape)
+        draft = dataclasses.replace(draft, history=jnp.asarray(history, jnp.int32))
     return dataclasses.replace(state, rows=rows, draft=draft)
 
 

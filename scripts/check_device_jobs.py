@@ -297,7 +297,8 @@ def _full_state(engine: Engine, capacity: int) -> Any:
     rows = dataclasses.replace(state.rows, lengths=jnp.full_like(state.rows.lengths, capacity * 3 // 4))
     draft = state.draft
     if engine.drafter is not None:  # n-grams that match
-        draft = jnp.asarray(np.random.default_rng(0).integers(0, 50, draft.shape), jnp.int32)
+        history = np.random.default_rng(0).integers(0, 50, draft.history.shape)
+        draft = dataclasses.replace(draft, history=jnp.asarray(history, jnp.int32))
     return dataclasses.replace(state, rows=rows, draft=draft)
 
 

@@ -6,7 +6,6 @@ the host. Other drafters run in the engine, whose recording step hands out the t
 """
 
 import dataclasses
-import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specmemo_jax.draft import LADDERS, Drafter, NgramDrafter, View
+from specmemo_jax.draft import LADDERS, Drafter, NgramDrafter, View, make_drafter
+from specmemo_jax.draft.ngram import learned
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.model import Llama
@@ -176,14 +176,14 @@ def measure_ngram(
         for branches in {1, drafter.branches}
     }
     tallies = {strength: _Tally() for strength in range(drafter.max_ngram + 1)}
-    for row, at in _walk(drafter, trees[drafter.branches], matched):
+    for row, at, _ in _walk(drafter, trees[drafter.branches], matched):
         tallies[matched[row][at]].add(trees[drafter.branches][row][at])
     shapes = []
     for shape in measured_shapes(drafter):
-        steps = []
-        for row, at in _walk(shape, trees[shape.branches], matched):
-            width = _rung(shape, matched[row][at])
-            steps.append((width, trees[shape.branches][row][at].first(width).accepted_length))
+        steps = [
+            (width, trees[shape.branches][row][at].first(width).accepted_length)
+            for row, at, width in _walk(shape, trees[shape.branches], matched)
+        ]
         shapes.append(_shape(shape, steps))
     signals = tuple(tally.signal(strength) for strength, tally in tallies.items() if tally.steps)
     return AcceptanceProfile(**labels, signals=signals, shapes=tuple(shapes))
@@ -191,38 +191,40 @@ def measure_ngram(
 
 def _walk(
     shape: NgramDrafter, trees: Sequence[Sequence[Proposal]], matched: Sequence[Sequence[int]]
-) -> Iterator[tuple[int, int]]:
-    """Where the steps of ``shape`` begin, as ``(answer, position)``."""
+) -> Iterator[tuple[int, int, int]]:
+    """Where the steps of ``shape`` begin, and the nodes that they verify: ``(answer, position, width)``."""
     for row, proposals in enumerate(trees):
-        at = 0
+        at, chances = 0, np.asarray((0, *shape.first_chances), np.float32)
         while at < len(proposals):
-            yield row, at
-            at += proposals[at].first(_rung(shape, matched[row][at])).accepted_length
+            match, proposal = matched[row][at], proposals[at]
+            width = _width_of_match(shape, match, float(chances[match]))
+            yield row, at, width
+            if match:
+                chances[match] = learned(chances[match], np.float32(proposal.tokens[1] == proposal.truth[0]))
+            at += proposal.first(width).accepted_length
 
 
-def _rung(shape: NgramDrafter, matched: int) -> int:
-    """Nodes that a match of so many tokens has verified."""
+def _width_of_match(shape: NgramDrafter, matched: int, chance: float) -> int:
+    """Nodes that a match of so many tokens has verified, which has come true so often."""
     if not shape.ladder:
         return shape.num_nodes
+    if shape.least_chance and matched:
+        matched = max(matched, shape.ladder[0][1]) if chance >= np.float32(shape.least_chance) else 0
     return max((nodes for nodes, least in shape.ladder if matched >= least), default=1)
 
 
 def measured_shapes(drafter: NgramDrafter) -> tuple[NgramDrafter, ...]:
-    """The shapes that a planner may choose from, the default ladders among them: trees and chains of 2 to
-    `NODES` nodes, and chains on ladders of one and two rungs.
+    """The shapes that a planner may choose from: trees and chains of 2 to `NODES` nodes, and the chains of
+    `LADDERS`, whole and cut to as many nodes.
     """
+    sizes = (*range(2, 17), *range(20, 33, 4), *range(40, NODES + 1, 8))
     trees = [
         dataclasses.replace(drafter, num_nodes=nodes, branches=branches, ladder=())
         for branches in sorted({1, drafter.branches})
-        for nodes in (*range(2, 17), *range(20, 33, 4), *range(40, NODES + 1, 8))
+        for nodes in sizes
     ]
-    rungs = [(nodes, least) for nodes in (4, 8, 12, 16, 24, 32) for least in range(1, drafter.max_ngram + 1)]
-    pairs = [(a, b) for a, b in itertools.product(rungs, rungs) if a[0] < b[0] and a[1] < b[1]]
-    ladders = [(rung,) for rung in rungs] + pairs + list(LADDERS.values())
-    chains = [
-        dataclasses.replace(drafter, num_nodes=ladder[-1][0], branches=1, ladder=ladder) for ladder in ladders
-    ]
-    return tuple(dict.fromkeys((*trees, *chains)))
+    chains = [make_drafter("ngram", nodes, dtype=dtype) for dtype in LADDERS for nodes in sizes]
+    return tuple(dict.fromkeys((*trees, *(chain for chain in chains if isinstance(chain, NgramDrafter)))))
 
 
 # ---------------------------------------------------------------- any drafter, in the engine

@@ -15,13 +15,13 @@ def outlook(profile: AcceptanceProfile, drafter: Drafter) -> Outlook:
     by matched tokens, as if all branches were found. That of another drafter is the best tree of as many
     nodes, levels and branches, since it picks its nodes by confidence.
     """
-    nodes, depth, branches, ladder = shape_key(drafter)
+    nodes, depth, branches, ladder, least_chance = shape_key(drafter)
     if not isinstance(drafter, NgramDrafter):
         measured = profile.measured(nodes, depth, branches)
         estimate = [Rung(0, nodes, best_tree(profile, nodes, depth, branches))]
     else:
-        usual = NgramDrafter(nodes, drafter.branches, ladder=ladder) == drafter
-        measured = profile.measured(nodes, depth, branches, ladder) if usual else None
+        usual = NgramDrafter(nodes, drafter.branches, ladder=ladder, least_chance=least_chance) == drafter
+        measured = profile.measured(nodes, depth, branches, ladder, least_chance) if usual else None
         if usual and measured is None and not ladder:
             between = _between(profile, nodes, drafter.branches)
             if between is not None:
@@ -58,11 +58,11 @@ def _ngram_tree(drafter: NgramDrafter, nodes: int) -> tuple[int, ...]:
     return tuple(parents)
 
 
-def shape_key(drafter: Drafter) -> tuple[int, int, int, tuple[tuple[int, int], ...]]:
-    """What `MeasuredShape` knows a drafter's shape by: nodes, levels, branches and ladder."""
+def shape_key(drafter: Drafter) -> tuple[int, int, int, tuple[tuple[int, int], ...], float]:
+    """What `MeasuredShape` knows a drafter's shape by: nodes, levels, branches, ladder and least chance."""
     nodes, depth = drafter.num_nodes, drafter.max_depth
     if isinstance(drafter, NgramDrafter):
-        return nodes, depth, min(drafter.branches, nodes - 1), drafter.ladder
+        return nodes, depth, min(drafter.branches, nodes - 1), drafter.ladder, drafter.least_chance
     if isinstance(drafter, SelfDrafter | DraftModel):
-        return nodes, depth, drafter.shape.branches, ()
-    return nodes, depth, 1 if drafter.is_chain else nodes - 1, ()
+        return nodes, depth, drafter.shape.branches, (), 0.0
+    return nodes, depth, 1 if drafter.is_chain else nodes - 1, (), 0.0

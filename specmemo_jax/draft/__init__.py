@@ -12,9 +12,9 @@ from specmemo_jax.errors import ConfigError
 
 __all__ = ["DraftModel", "Drafter", "NgramDrafter", "SelfDrafter", "Shape", "View", "make_drafter"]
 
-# (nodes, least matched tokens): what a match is worth where nodes are not free to verify.
-# Measured in docs/performance-log.md.
-LADDERS = {"float32": ((4, 2), (16, 4)), "bfloat16": ((4, 1), (16, 4))}
+# (nodes, least matched tokens): what a match is worth where nodes are not free to verify, and how often its
+# guesses must have come true to be worth 4 nodes. Measured in docs/performance-log.md.
+LADDERS = {"float32": (((4, 2), (16, 4)), 0.35), "bfloat16": (((4, 1), (16, 4)), 0.1)}
 FREE_NODES = 16  # on a GPU a step of so many nodes costs about what one node does
 
 
@@ -65,7 +65,8 @@ def default_shape(tree_nodes: int | None, platform: str) -> Shape:
 def _ngram(tree_nodes: int | None, platform: str, dtype: str) -> NgramDrafter:
     if platform != "cpu":
         return NgramDrafter(FREE_NODES if tree_nodes is None else tree_nodes)
-    ladder = LADDERS.get(dtype, LADDERS["bfloat16"])
+    ladder, least_chance = LADDERS.get(dtype, LADDERS["bfloat16"])
     nodes = ladder[-1][0] if tree_nodes is None else tree_nodes
     rungs = [rung for rung in ladder[:-1] if rung[0] < nodes]
-    return NgramDrafter(nodes, branches=1, ladder=(*rungs, (nodes, ladder[len(rungs)][1])))
+    ladder = (*rungs, (nodes, ladder[len(rungs)][1]))
+    return NgramDrafter(nodes, branches=1, ladder=ladder, least_chance=least_chance)

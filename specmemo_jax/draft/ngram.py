@@ -1,23 +1,66 @@
 """Prompt lookup (Saxena 2023; also arXiv 2304.04487): the row's own text as the drafter, on the device.
 
 The last few tokens are searched for earlier in the row. The continuations of the best
-matches, longest first and then latest, become branches of a small tree. No weights.
+matches, longest first and then latest, become branches of a small tree. No weights. What a match
+is worth is learned as the row goes on: a text in which matches of some length mislead is told
+after a few tokens, whether it was guessed at or not.
 """
 
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from specmemo_jax.draft.protocol import Drafter, State, View
+from specmemo_jax.draft.protocol import Drafter, View
 from specmemo_jax.errors import ConfigError
-from specmemo_jax.llama.kv import Groups
+from specmemo_jax.llama.kv import Groups, Leaf
 from specmemo_jax.memory.activations import FULL, Live, Pass, array
 from specmemo_jax.memory.buffers import Buffer
 from specmemo_jax.speculate.tree import NO_TOKEN, Tree
+
+LEARNING_RATE = 0.125  # what the last match counts; a power of 2, so that hosts and devices round alike
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trust:
+    """How often a row's matches foretold the next token.
+
+    ``chances`` ``[B, N]``: of matches of 1 to N tokens, the last ones weighing most.
+    ``guesses`` ``[B, 3]``: what the last match foretold: a token, its position, how many tokens matched.
+    """
+
+    chances: Leaf
+    guesses: Leaf
+
+    def checked(self, history: Int[Array, "B S"], lengths: Int[Array, " B"]) -> Float[Array, "B N"]:
+        """The chances after the last guess, whose token is known by now unless its row is done."""
+        token, position, matched = jnp.moveaxis(self.guesses, 1, 0)
+        came = jnp.take_along_axis(history, position[:, None], axis=1)[:, 0]
+        hit = (came == token).astype(jnp.float32)[:, None]
+        used = (jnp.arange(self.chances.shape[1])[None, :] + 1 == matched[:, None]) & (position <= lengths)[
+            :, None
+        ]
+        return jnp.where(used, learned(self.chances, hit), self.chances)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NgramState:
+    """The tokens of each row by position, ``[B, S]``, and what its matches were found to be worth."""
+
+    history: Leaf
+    trust: Trust | Leaf | None
+
+
+def learned(chance: Any, hit: Any) -> Any:
+    """A chance after one more match, which foretold the next token (1) or not (0)."""
+    return chance - LEARNING_RATE * chance + LEARNING_RATE * hit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +74,10 @@ class NgramDrafter(Drafter):
     ``ladder``: how much a match is worth, as ``(nodes, least matched tokens)`` rising to
     ``(num_nodes, ...)``. A step that finds less than its first rung asks for is plain
     decoding; empty, every match fills all nodes. It pays where a node is not free to verify.
+
+    ``least_chance``: with a ladder, how often matches of a length must have foretold the row's next token
+    for one to fill any nodes; 0 for no matter how often. Those that the ladder asks for begin half-way
+    from it to 1, shorter ones half-way to 0: they fill the first rung once they have proved themselves.
     """
 
     num_nodes: int = 8
@@ -39,6 +86,7 @@ class NgramDrafter(Drafter):
     decay: float = 0.75
     branch_decay: float = 0.3
     ladder: tuple[tuple[int, int], ...] = ()
+    least_chance: float = 0.0
     name: str = "ngram"
 
     def __post_init__(self) -> None:
@@ -58,6 +106,10 @@ class NgramDrafter(Drafter):
                     f"ladder {self.ladder} must rise from 2 nodes or more to num_nodes ({self.num_nodes}), "
                     f"with matches rising to max_ngram ({self.max_ngram}) at most"
                 )
+        if not 0 <= self.least_chance < 1 or (self.least_chance and not self.ladder):
+            raise ConfigError(
+                f"least_chance ({self.least_chance}) must be from 0 to below 1, and 0 without a ladder"
+            )
 
     @property
     def is_chain(self) -> bool:
@@ -80,6 +132,13 @@ class NgramDrafter(Drafter):
         half = self.num_nodes // 2
         return (self.num_nodes,) if self.ladder or half < 2 else (half, self.num_nodes)
 
+    @property
+    def first_chances(self) -> tuple[float, ...]:
+        """What a row's matches of 1, 2, ... tokens are trusted with before any was seen."""
+        asked = self.ladder[0][1] if self.ladder else 1
+        untried, usual = self.least_chance / 2, (1 + self.least_chance) / 2
+        return tuple(untried if n < asked else usual for n in range(1, self.max_ngram + 1))
+
     def limited(self, num_nodes: int) -> "NgramDrafter":
         """The same history, fewer nodes."""
         if not self.ladder:
@@ -88,18 +147,28 @@ class NgramDrafter(Drafter):
         match = self.ladder[min(len(below), len(self.ladder) - 1)][1]
         return dataclasses.replace(self, num_nodes=num_nodes, ladder=(*below, (num_nodes, match)))
 
-    def init(self, groups: Groups) -> State:
-        """Token history ``[B, S]``, every row's as wide as the widest group's."""
-        return jnp.full((groups.rows, groups.most), NO_TOKEN, jnp.int32)
+    def init(self, groups: Groups) -> NgramState:
+        """Token history ``[B, S]``, every row's as wide as the widest group's, and trust."""
+        history = jnp.full((groups.rows, groups.most), NO_TOKEN, jnp.int32)
+        if not self.least_chance:
+            return NgramState(history, None)
+        chances = jnp.tile(jnp.asarray(self.first_chances, jnp.float32), (groups.rows, 1))
+        return NgramState(history, Trust(chances, jnp.zeros((groups.rows, 3), jnp.int32)))
 
-    def grow(self, state: State, groups: Groups) -> State:
+    def grow(self, state: NgramState, groups: Groups) -> NgramState:
         """Pad the history."""
-        return jnp.pad(state, ((0, 0), (0, groups.most - state.shape[1])), constant_values=NO_TOKEN)
+        more = groups.most - state.history.shape[1]
+        history = jnp.pad(state.history, ((0, 0), (0, more)), constant_values=NO_TOKEN)
+        return NgramState(history, state.trust)
 
     def buffers(self, groups: Groups) -> tuple[Buffer, ...]:
-        """The history."""
-        shape = (groups.rows, groups.most)
-        return (Buffer("ngram history", shape, "int32", 4 * groups.rows * groups.most),)
+        """The history, and trust."""
+        B, S, N = groups.rows, groups.most, self.max_ngram
+        history = Buffer("ngram history", (B, S), "int32", 4 * B * S)
+        if not self.least_chance:
+            return (history,)
+        chances = Buffer("ngram chances by length", (B, N), "float32", 4 * B * N)
+        return (history, chances, Buffer("ngram last guesses", (B, 3), "int32", 4 * B * 3))
 
     def phases(self, target: Pass, chunk: int | None) -> tuple[Live, ...]:
         """The history with its pending token, rolled, matched and scored; reading a chunk takes nothing."""
@@ -110,24 +179,32 @@ class NgramDrafter(Drafter):
     def observe(
         self,
         view: View,
-        state: State,
+        state: NgramState,
         rows: Int[Array, " R"],
         tokens: Int[Array, "R C"],
         starts: Int[Array, " R"],
         counts: Int[Array, " R"],
-    ) -> State:
-        """Write the tokens where they stand; the rest of the chunk is dropped."""
+    ) -> NgramState:
+        """Write the tokens where they stand; the rest of the chunk is dropped. A row that starts anew is
+        trusted as at first.
+        """
+        S = state.history.shape[1]
         columns = jnp.arange(tokens.shape[1])[None, :]
-        positions = jnp.where(columns < counts[:, None], starts[:, None] + columns, state.shape[1])
-        return state.at[rows[:, None], positions].set(tokens, mode="drop")
+        positions = jnp.where(columns < counts[:, None], starts[:, None] + columns, S)
+        history = state.history.at[rows[:, None], positions].set(tokens, mode="drop")
+        if state.trust is None:
+            return NgramState(history, None)
+        anew = jnp.where(starts == 0, rows, history.shape[0])
+        chances = state.trust.chances.at[anew].set(jnp.asarray(self.first_chances), mode="drop")
+        return NgramState(history, Trust(chances, state.trust.guesses.at[anew].set(0, mode="drop")))
 
     def propose(
-        self, view: View, state: State, pending: Int[Array, " B"], lengths: Int[Array, " B"]
-    ) -> tuple[Tree, State]:
+        self, view: View, state: NgramState, pending: Int[Array, " B"], lengths: Int[Array, " B"]
+    ) -> tuple[Tree, NgramState]:
         """Continuations of the longest, then latest, earlier occurrences of the row's last tokens."""
-        B, S = state.shape  # the history
+        B, S = state.history.shape
         W = min(self.branches, self.num_nodes - 1)
-        history = state.at[jnp.arange(B), lengths].set(pending, mode="drop")
+        history = state.history.at[jnp.arange(B), lengths].set(pending, mode="drop")
         matched = _matched(history, lengths, self.max_ngram)
         scores = jnp.where(matched > 0, matched * S + jnp.arange(S)[None, :], 0)
         first = jnp.roll(history, -1, axis=1)
@@ -141,8 +218,16 @@ class NgramDrafter(Drafter):
             chains.append(jnp.take_along_axis(history, jnp.clip(best[:, None] + 1 + steps, 0, S - 1), axis=1))
             found.append(score > 0)
             scores = jnp.where(first == chains[-1][:, :1], 0, scores)
-        worth = self._worth(jnp.max(matched, axis=1))
-        return self._grow_tree(pending, jnp.stack(chains, 1), jnp.stack(found, 1), worth), state
+        longest, trust = jnp.max(matched, axis=1), state.trust
+        worth = self._worth(longest)
+        if trust is not None:
+            chances = trust.checked(history, lengths)
+            chance = jnp.take_along_axis(chances, jnp.maximum(longest - 1, 0)[:, None], axis=1)[:, 0]
+            proved = self._worth(jnp.maximum(longest, self.ladder[0][1]))
+            worth = jnp.where((longest > 0) & (chance >= self.least_chance), proved, 1)
+            trust = Trust(chances, jnp.stack([chains[0][:, 0], lengths + 1, longest], axis=1))
+        tree = self._grow_tree(pending, jnp.stack(chains, 1), jnp.stack(found, 1), worth)
+        return tree, NgramState(state.history, trust)
 
     def _worth(self, matched: Int[Array, " B"]) -> Int[Array, " B"]:
         """Nodes, root included, that a match of so many tokens may fill."""

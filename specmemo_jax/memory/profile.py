@@ -17,7 +17,7 @@ from specmemo_jax.errors import ConfigError
 from specmemo_jax.memory.json_files import Reader, file_name, write_json
 
 PSEUDO_COUNT = 4.0  # what a prior weighs against counts, in candidates seen: see `AcceptanceProfile.chances`
-FORMAT = 1
+FORMAT = 2
 
 Chances = tuple[tuple[float, ...], ...]
 Counts = tuple[tuple[int, ...], ...]
@@ -72,14 +72,15 @@ class Outlook:
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredShape:
-    """A drafter's shape as it was run, ``depth`` levels below the root; ``outcomes`` are
-    ``(width verified, steps, tokens that they brought)``.
+    """A drafter's shape as it was run, ``depth`` levels below the root; ``ladder`` and ``least_chance`` as
+    n-grams have them. ``outcomes`` are ``(width verified, steps, tokens that they brought)``.
     """
 
     nodes: int
     depth: int
     branches: int
     ladder: tuple[tuple[int, int], ...]
+    least_chance: float
     outcomes: tuple[tuple[int, int, int], ...]
 
     @property
@@ -179,6 +180,7 @@ class AcceptanceProfile:
 
     def outlook(self, rungs: Sequence[Rung]) -> Outlook:
         """What a step brings with a ladder of rungs rising in strength; one of strength 0 is a fixed tree.
+        What a drafter learns of its guesses as a text goes on is not in it.
 
         Steps weaker than the first rung are plain decoding: width 1, one token.
         """
@@ -192,11 +194,16 @@ class AcceptanceProfile:
         return Outlook(length, tuple(sorted(shares.items())), f"estimated from {self.source}")
 
     def measured(
-        self, nodes: int, depth: int, branches: int, ladder: Sequence[tuple[int, int]] = ()
+        self,
+        nodes: int,
+        depth: int,
+        branches: int,
+        ladder: Sequence[tuple[int, int]] = (),
+        least_chance: float = 0.0,
     ) -> MeasuredShape | None:
         """The shape as it was run, where it was."""
-        wanted = (nodes, depth, branches, tuple(ladder))
-        return next((s for s in self.shapes if (s.nodes, s.depth, s.branches, s.ladder) == wanted), None)
+        wanted = MeasuredShape(nodes, depth, branches, tuple(ladder), least_chance, ())
+        return next((s for s in self.shapes if dataclasses.replace(s, outcomes=()) == wanted), None)
 
     def save(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
@@ -318,7 +325,12 @@ def _read_shape(reader: Reader) -> MeasuredShape:
     ladder: Any = reader.table("ladder", 2)
     outcomes: Any = reader.table("outcomes", 3)
     shape = MeasuredShape(
-        reader.count("nodes"), reader.count("depth"), reader.count("branches"), ladder, outcomes
+        reader.count("nodes"),
+        reader.count("depth"),
+        reader.count("branches"),
+        ladder,
+        reader.amount("least_chance"),
+        outcomes,
     )
     reader.check(shape.steps > 0, "holds no steps")
     good = all(steps <= tokens <= steps * (shape.depth + 1) for _, steps, tokens in shape.outcomes)

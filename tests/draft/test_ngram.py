@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specmemo_jax.draft import NgramDrafter, View, make_drafter
-from specmemo_jax.draft.ngram import chain
+from specmemo_jax.draft.ngram import NgramState, Trust, chain
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.kv import Groups
 from specmemo_jax.llama.model import Llama
@@ -108,6 +109,64 @@ def test_the_longest_match_wins_over_the_latest():
 def test_nothing_to_say_about_a_new_token():
     tree = propose(NgramDrafter(4), [[1, 2, 3]])
     assert tree.tokens[0].tolist() == [3, NO_TOKEN, NO_TOKEN, NO_TOKEN]
+
+
+def filled(drafter, texts, pause=()):
+    """Nodes that each row's proposals fill, told a token a step from its second on; at a step in ``pause``
+    nobody asks.
+    """
+    most = max(map(len, texts))
+    state = drafter.init(Groups.of(len(texts), S))
+    rows, found = jnp.arange(len(texts)), []
+    observe, propose = jax.jit(drafter.observe, static_argnums=0), jax.jit(drafter.propose, static_argnums=0)
+    for at in range(most):
+        going = jnp.array([at < len(text) for text in texts])
+        token = jnp.array([text[min(at, len(text) - 1)] for text in texts])
+        lengths = jnp.array([min(at, len(text)) for text in texts])
+        if at not in pause:
+            tree, state = propose(VIEW, state, token, lengths)
+            found.append((np.asarray(tree.tokens) != NO_TOKEN).sum(1))
+        state = observe(VIEW, state, rows, token[:, None], lengths, going.astype(jnp.int32))
+    return [[int(step[b]) for step in found[: len(text)]] for b, text in enumerate(texts)]
+
+
+# After "1" comes always 2, and after "1 2" something else each time.
+MISLEADING = [1, 2, 3, 1, 2, 4, 1, 2, 5, 1, 2, 6, 1, 2, 9, 1, 2, 10, 1, 2]
+PERIODIC = [5, 6, 7, 8] * 4
+CAREFUL = NgramDrafter(4, branches=1, max_ngram=2, ladder=((4, 2),), least_chance=0.35)
+
+
+def test_matches_that_mislead_are_followed_no_longer_and_short_ones_that_tell_the_truth_are():
+    bold = dataclasses.replace(CAREFUL, least_chance=0.0)
+    assert filled(bold, [MISLEADING]) == [[4 if at >= 4 and at % 3 == 1 else 1 for at in range(20)]]
+    # Two tokens misled for the fifth time at position 16, one told the truth for the second time at 6.
+    after_1, after_2 = range(9, 20, 3), range(4, 17, 3)
+    assert filled(CAREFUL, [MISLEADING]) == [[4 if at in (*after_1, *after_2) else 1 for at in range(20)]]
+    assert filled(CAREFUL, [PERIODIC]) == [[4 if at >= 5 else 1 for at in range(16)]]
+
+
+def test_what_is_learned_is_the_rows_own_and_outlives_a_pause():
+    alone = [filled(CAREFUL, [text])[0] for text in (MISLEADING, PERIODIC)]
+    assert filled(CAREFUL, [MISLEADING, PERIODIC]) == alone
+    late = filled(CAREFUL, [MISLEADING], pause={17, 18})  # the guess of position 16 is checked at 19
+    assert late[0][-1] == alone[0][-1] == 1
+
+
+def test_a_row_that_starts_anew_forgets_what_was_learned():
+    state = CAREFUL.init(Groups.of(2, S))
+    chances, guesses = jnp.zeros((2, 2)), jnp.full((2, 3), 1)
+    state = NgramState(state.history, Trust(chances, guesses))
+    one = jnp.array([1])
+    state = CAREFUL.observe(VIEW, state, one, jnp.array([[5, 6, 0]]), jnp.array([0]), jnp.array([2]))
+    assert state.trust is not None
+    assert state.trust.chances.tolist() == [[0, 0], pytest.approx(CAREFUL.first_chances)]
+    assert state.trust.guesses.tolist() == [[1, 1, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("bad", [{"least_chance": 0.3}, {"ladder": ((8, 2),), "least_chance": 1.0}])
+def test_a_chance_that_cannot_be_asked_for(bad):
+    with pytest.raises(ConfigError, match="least_chance"):
+        NgramDrafter(8, **bad)
 
 
 def test_names():

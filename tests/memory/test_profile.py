@@ -124,12 +124,13 @@ def test_a_batch_takes_its_widest_row():
     assert Outlook(1.5, ((1, 0.5), (4, 0.5)), "").widths_of_batch(2) == ((1, 0.25), (4, 0.75))
 
 
-SHAPE = MeasuredShape(4, 3, 1, ((4, 2),), ((1, 6, 6), (4, 2, 5)))
+SHAPE = MeasuredShape(4, 3, 1, ((4, 2),), 0.35, ((1, 6, 6), (4, 2, 5)))
 
 
 def test_a_measured_shape():
     some = profile(Signal(1, 3, ((3,),), ((1,),)), shapes=(SHAPE,))
-    assert some.measured(4, 3, 1, [(4, 2)]) == SHAPE
+    assert some.measured(4, 3, 1, [(4, 2)], 0.35) == SHAPE
+    assert some.measured(4, 3, 1, [(4, 2)]) is None
     assert some.measured(4, 3, 1) is None
     assert SHAPE.outlook.accepted_length == 11 / 8
     assert SHAPE.outlook.widths == ((1, 0.75), (4, 0.25))
@@ -150,7 +151,7 @@ def test_files_round_trip_and_are_found(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"format": 99}, "this version reads 1"),
+        ({"format": 99}, "this version reads 2"),
         ({"drafter": 3}, "drafter must be a text"),
         ({"signals": []}, "holds no steps"),
         ({"signals": [{"strength": 1, "steps": 2, "seen": [[2]]}]}, "'accepted' is missing"),
@@ -162,9 +163,27 @@ def test_files_round_trip_and_are_found(tmp_path, monkeypatch):
         ({"signals": [{"strength": 1, "steps": 1, "seen": [[1]], "accepted": []}]}, "differ in shape"),
         ({"signals": [{"strength": 1, "steps": 1, "seen": [[0.5]], "accepted": [[0]]}]}, "integers"),
         ({"signals": "many"}, "list of objects"),
-        ({"shapes": [{"nodes": 2, "depth": 1, "branches": 1, "ladder": [], "outcomes": []}]}, "no steps"),
         (
-            {"shapes": [{"nodes": 2, "depth": 1, "branches": 1, "ladder": [], "outcomes": [[2, 1, 9]]}]},
+            {
+                "shapes": [
+                    {"nodes": 2, "depth": 1, "branches": 1, "ladder": [], "least_chance": 0, "outcomes": []}
+                ]
+            },
+            "no steps",
+        ),
+        (
+            {
+                "shapes": [
+                    {
+                        "nodes": 2,
+                        "depth": 1,
+                        "branches": 1,
+                        "ladder": [],
+                        "least_chance": 0,
+                        "outcomes": [[2, 1, 9]],
+                    }
+                ]
+            },
             "1 to 2 tokens",
         ),
     ],
