@@ -110,7 +110,8 @@ class Case:
             case "ngram chain":
                 return NgramDrafter(T, branches=1)
             case "ngram ladder":
-                return NgramDrafter(T, branches=1, ladder=((4, 2), (T, 4)) if T > 4 else ((T, 2),))
+                ladder = ((4, 2), (T, 4)) if T > 4 else ((T, 2),)
+                return NgramDrafter(T, branches=1, ladder=ladder, least_chance=0.35)
         levels = min(T - 1, 4)
         branches = min(self.branches, T - 1)
         while 1 + branches + (levels - 1) * branches**2 < T:

@@ -109,7 +109,7 @@ def serve(
                 for row, to in engine.make_room():
                     slots[to], slots[row] = slots[row], None
                 _fill(engine, slots, waiting)
-                engine.burst(burst, refill=bool(waiting))
+                engine.burst(burst, len(waiting))
             except jax.errors.JaxRuntimeError as error:
                 if not is_out_of_memory(error):
                     raise

@@ -53,7 +53,7 @@ def run(drafter):
 
 
 PROMPTS = [tuple(RNG.integers(1, TINY.vocab_size, size=n).tolist()) for n in (5, 30)]
-LADDER = NgramDrafter(8, branches=1, ladder=((4, 1), (8, 2)))
+LADDER = NgramDrafter(8, branches=1, ladder=((4, 1), (8, 2)), least_chance=0.35)
 
 
 def test_proposals_know_what_was_accepted():

@@ -37,7 +37,7 @@ def drafted():
     target = llm_with(None).target
     return {
         "tree": NgramDrafter(8),
-        "ladder": NgramDrafter(6, branches=1, ladder=((3, 1), (6, 2))),
+        "ladder": NgramDrafter(6, branches=1, ladder=((3, 1), (6, 2)), least_chance=0.35),
         "itself": DraftModel.of(target, Shape.of(4)),
         "self": SelfDrafter(1, Shape(5, depth=2, branches=2)),
     }

@@ -11,11 +11,14 @@ from collections.abc import Sequence
 
 FIRST_STEPS = 16  # of the largest tree before others are tried, where one row decodes
 WINDOW = 256  # steps of a tree that its figures are taken over: texts that repeat come by chance
+SHORT_WINDOW, COLLAPSE = 32, 0.8  # steps at less of plain decoding's speed, by which alone a tree is judged
 PROBE = 4  # steps a tree is tried for; of several rows each counts, so that fewer will do
 FIRST_PATIENCE, LAST_PATIENCE = 32, 1024  # steps until a losing tree is tried again
 MOST_HALVINGS = 3  # of how often it is tried
 PROBE_SHARE = 0.01  # of the time, the most that trying one losing tree may cost
-ROW_MARGIN, MOST_MARGIN = 0.05, 0.15  # a row, in all: the slowest of the rows gains least by trees
+# A tree's over plain decoding, a row and at most: the slowest row gains least by trees, and ends last.
+ROW_MARGIN, MOST_MARGIN = 0.1, 0.3
+MOST_TURNS = 8  # requests that wait for each place: the more, the less the last rows' end weighs
 
 
 @dataclasses.dataclass
@@ -44,8 +47,17 @@ class _Figures:
 
     def add(self, steps: int, seconds: float, tokens: float) -> None:
         self.bursts.append((steps, seconds / steps, tokens))
-        while sum(burst[0] for burst in self.bursts) - self.bursts[0][0] >= WINDOW:
-            self.bursts.popleft()
+        self.bursts = self.last(WINDOW).bursts
+
+    def last(self, steps: int) -> "_Figures":
+        """The last bursts that hold so many steps, or all."""
+        last, held = deque(), 0
+        for burst in reversed(self.bursts):
+            if held >= steps:
+                break
+            last.appendleft(burst)
+            held += burst[0]
+        return _Figures(last)
 
 
 class TreeChooser:
@@ -56,20 +68,28 @@ class TreeChooser:
     a second runs, and each other is tried again for a few steps at a time, so seldom that trying costs
     `PROBE_SHARE` of the time, and half as often each time that it has lost again, `MOST_HALVINGS` times.
     Where ``rows`` share a step, a tree that is faster than plain decoding by less than a margin does not
-    count as faster: rows gain unequally by it, end apart, and leave places empty where no more rows wait.
+    count as faster: rows gain unequally by it, end apart, and leave places empty when no more requests wait.
+    The more do, the smaller it is. A tree that has become much slower than plain decoding is judged by its
+    last steps alone.
     ``probe``: steps that a tree is tried for, where `PROBE` among the rows is not meant.
     """
 
     def __init__(self, rungs: Sequence[int], rows: int = 1, probe: int | None = None):
         self.rungs = tuple(rungs)
-        self.margin = min(MOST_MARGIN, ROW_MARGIN * (rows - 1))
+        self.rows = rows
+        self.margin = self._margin(waiting=0)
         self.probe = max(1, PROBE // rows) if probe is None else probe
         self.first_steps = max(1, FIRST_STEPS // rows)
         self._figures = {rung: _Figures() for rung in self.rungs}
         self._steps = 0
 
-    def choose(self, steps: int) -> tuple[int, int]:
-        """The tree's nodes, and at most ``steps`` steps for it."""
+    def _margin(self, waiting: int) -> float:
+        turns = min(max(1, waiting / self.rows), MOST_TURNS)
+        return min(MOST_MARGIN, ROW_MARGIN * (self.rows - 1)) / turns
+
+    def choose(self, steps: int, waiting: int = 0) -> tuple[int, int]:
+        """The tree's nodes, and at most ``steps`` steps for it; ``waiting`` requests wait for a place."""
+        self.margin = self._margin(waiting)
         if self._steps < self.first_steps:
             return self.rungs[-1], min(steps, self.first_steps)
         for rung in self.rungs:
@@ -96,6 +116,9 @@ class TreeChooser:
         self._steps += steps
         used = self._figures[nodes]
         used.add(steps, seconds, tokens)
+        recent, plain = used.last(SHORT_WINDOW), self._figures[1]
+        if plain.bursts and recent.rate < COLLAPSE * plain.rate:
+            used.bursts = recent.bursts
         used.idle = 0
         for rung, figures in self._figures.items():
             figures.idle += 0 if rung == nodes else steps

@@ -384,13 +384,13 @@ class Engine:
             rows = dataclasses.replace(rows, done=rows.done.at[row].set(True))
             self._state = dataclasses.replace(self._state, rows=rows)
 
-    def burst(self, max_steps: int = BURST, refill: bool = False) -> None:
+    def burst(self, max_steps: int = BURST, waiting: int = 0) -> None:
         """Run up to ``max_steps`` steps (`BURST` at most) without waiting in between, then read what they
         emitted.
 
-        ``refill``: others wait for a place, so that no more steps are run than the first row to end is
-        thought to need, but for as many as take `SHORTEST_BURST` seconds. Rows in groups need `make_room`
-        before it.
+        ``waiting``: requests that wait for a place. Where there are any, no more steps are run than the first
+        row to end is thought to need, but for as many as take `SHORTEST_BURST` seconds. Rows in groups need
+        `make_room` before it.
         """
         going = {row: log for row, log in enumerate(self.rows) if log is not None and log.going}
         live = list(going.values())
@@ -399,10 +399,10 @@ class Engine:
         max_steps = min(max_steps, BURST, *(self._steps_left(row, log) for row, log in going.items()))
         nodes = self.plan.tree_nodes
         if self.chooser is not None:
-            nodes, max_steps = self.chooser.choose(max_steps)
+            nodes, max_steps = self.chooser.choose(max_steps, waiting)
         deepest = self._max_depth(nodes) + 1
         steps = max(1, min(max_steps, -(-max(log.left for log in live) // deepest)))
-        if refill and (took := self._step_seconds.get(nodes)):
+        if waiting and (took := self._step_seconds.get(nodes)):
             first = min(log.steps_to_end(nodes) for log in live)
             steps = min(steps, max(first, math.ceil(SHORTEST_BURST / took)))
         self._reserve(max(len(log.ids) for log in live) + steps * deepest)

@@ -27,7 +27,7 @@ DRAFT = pack(SMALL, iter(tiny_llama(SMALL).items()), jnp.dtype("bfloat16"))
 DRAFTERS = {
     "none": None,
     "ngram": NgramDrafter(16),
-    "ladder": NgramDrafter(8, ladder=((4, 1), (8, 2))),
+    "ladder": NgramDrafter(8, ladder=((4, 1), (8, 2)), least_chance=0.35),
     "draft model": DraftModel.of(DRAFT, Shape(8, 3, 3)),
     "self": SelfDrafter(1, Shape(6, 2, 3)),
 }

@@ -5,14 +5,14 @@ import pytest
 from specmemo_jax.speculate.adaptive import PROBE, TreeChooser
 
 
-def run(chooser, seconds, tokens, steps=4000, burst=8, reading=0.0):
+def run(chooser, seconds, tokens, steps=4000, burst=8, reading=0.0, waiting=0):
     """Time and tokens of a run in which a step of each tree costs and gives what the mappings say, and
     reading what a burst said costs something, too.
     """
     time = got = done = 0
     used = dict.fromkeys(chooser.rungs, 0)
     while done < steps:
-        nodes, count = chooser.choose(burst)
+        nodes, count = chooser.choose(burst, waiting)
         gain, cost = (of[nodes](done) if callable(of[nodes]) else of[nodes] for of in (tokens, seconds))
         took = count * cost + reading
         chooser.record(nodes, count, took, count * gain)
@@ -54,6 +54,13 @@ def test_a_tree_that_pays_now_and_then_is_kept_meanwhile():
     assert got / time > 0.97 * always
 
 
+def test_a_tree_that_turns_bad_is_left_soon():
+    # A drafter that costs a step and guesses no more: an answer of prose after many that repeat.
+    tokens = {1: 1.0, 16: lambda done: 4.0 if done < 2000 else 1.0}
+    _, _, used = run(TreeChooser((1, 16)), {1: 1.0, 16: 2.0}, tokens, steps=2300)
+    assert 1900 < used[16] < 2060
+
+
 def test_a_losing_tree_that_costs_little_stays_within_reach():
     tokens = {1: 1.0, 16: lambda done: 1.0 if done < 4000 else 2.0}
     _, _, used = run(TreeChooser((1, 16)), {1: 1.0, 16: 1.1}, tokens, steps=6000)
@@ -76,8 +83,16 @@ def test_where_rows_share_a_step_a_small_gain_over_plain_decoding_does_not_count
     seconds = {1: 1.0, 4: 1.0, 8: 1.0}
     _, _, used = run(TreeChooser((1, 4, 8), rows=2), seconds, {1: 1.0, 4: 1.01, 8: 1.04})
     assert used[1] > 3800
-    _, _, used = run(TreeChooser((1, 4, 8), rows=2), seconds, {1: 1.0, 4: 1.1, 8: 1.11})
+    _, _, used = run(TreeChooser((1, 4, 8), rows=2), seconds, {1: 1.0, 4: 1.2, 8: 1.21})
     assert used[8] > 3000  # trees are held against each other as they are
+
+
+def test_a_small_gain_counts_while_many_requests_wait():
+    seconds, tokens = {1: 1.0, 4: 1.0}, {1: 1.0, 4: 1.1}
+    used = [run(TreeChooser((1, 4), rows=4), seconds, tokens, waiting=w)[2] for w in (0, 4, 16, 1000)]
+    assert [counts[4] > 3000 for counts in used] == [False, False, True, True]
+    used = run(TreeChooser((1, 4), rows=4), seconds, {1: 1.0, 4: 1.03}, waiting=1000)[2]
+    assert used[1] > 3000  # noise is as much
 
 
 @pytest.mark.parametrize("rows", [1, 4, 32])

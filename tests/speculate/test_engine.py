@@ -37,7 +37,7 @@ DRAFTERS = {
     "tree16": NgramDrafter(16, branches=5),
     "chain2": chain(2),
     "chain8": chain(8),
-    "ladder": NgramDrafter(8, ladder=((3, 1), (8, 2))),
+    "ladder": NgramDrafter(8, ladder=((3, 1), (8, 2)), least_chance=0.35),
     "model, chain": DraftModel.of(STRANGER, Shape.of(4)),
     "model, tree": DraftModel.of(STRANGER, Shape(9, depth=3, branches=3)),
     "itself, chain": DraftModel.of(ITSELF, Shape.of(5)),

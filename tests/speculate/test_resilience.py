@@ -89,7 +89,7 @@ def test_a_drafter_that_slept_catches_up(name, vanilla):
     engine = Engine(TARGET, drafter, plan, adaptive=True)
     order = iter([plan.tree_nodes, 1, 1, plan.rungs[1], 1, plan.tree_nodes] * 20)
     assert engine.chooser is not None
-    engine.chooser.choose = lambda steps: (next(order), min(steps, 5))
+    engine.chooser.choose = lambda steps, waiting=0: (next(order), min(steps, 5))
     engine.admit(0, request(PROMPT, 100))
     while not (log := engine.rows[0]) or not log.finished:
         engine.burst()
