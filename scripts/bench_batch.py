@@ -65,7 +65,7 @@ def main() -> int:
     prompts = [ids for ids in prompts if len(ids) <= room]
     batches = [int(text) for text in options.batches.split(",")]
     measure = mixing if options.mixing else refilled if options.refill else compared
-    # Starts the backend: on a GPU its pool would be as large as the first plan, and two engines share it.
+    # Starts the backend: on a GPU its pool would be as large as the first plan, and the engines share it.
     device = jax.devices()[0]
     weights = ", random weights" if options.random_weights else ""
     print(
@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def engine(options: argparse.Namespace, batch: int, drafter: str | None) -> LLM:
-    """One of the two, planned for the batch."""
+    """One that is planned for the batch."""
     config = zoo_config(options.model) if options.random_weights else None
     return LLM(
         config or options.model, config and random_weights(config, options.dtype), drafter=drafter,
@@ -100,15 +100,15 @@ def random_weights(config: LlamaConfig, dtype: str) -> dict[str, np.ndarray]:
     return tensors
 
 
-def share_weights(llms: Iterable[LLM]) -> None:
-    """All read the first one's: a copy each may lie better or worse in memory, and would fill a GPU."""
-    first, *others = llms
-    for llm in others:
+def take_weights(llm: LLM, first: LLM) -> LLM:
+    """``llm``, over the weights of ``first``: its own may lie better or worse in memory, and fill a GPU."""
+    if llm is not first:
         own, engine = llm.target, llm.engine
         llm.target = engine.target = first.target
         engine.draft_weights = () if engine.drafter is None else engine.drafter.weights(first.target)
         for leaf in own.leaves:
             leaf.delete()
+    return llm
 
 
 def tokens_of(outputs: Iterable[RequestOutput]) -> int:
@@ -157,11 +157,10 @@ def compared(options: argparse.Namespace, prompts: list, batches: list[int]) -> 
     for batch in batches:
         rows = [prompts[n % len(prompts)] for n in range(max(8, options.rows * batch))]
         with contextlib.ExitStack() as stack:
-            llms = {
-                name: stack.enter_context(engine(options, batch, drafter))
-                for name, drafter in (("plain", None), ("speculative", options.drafter), ("control", None))
-            }
-            share_weights(llms.values())
+            llms: dict[str, LLM] = {}
+            for name, drafter in (("plain", None), ("speculative", options.drafter), ("control", None)):
+                llm = stack.enter_context(engine(options, batch, drafter))
+                llms[name] = take_weights(llm, llms.get("plain", llm))
             for _ in range(2):  # they compile, and find the trees
                 by_turns(llms, rows, params)
             rounds = [by_turns(llms, rows, params) for _ in range(options.rounds)]

@@ -167,12 +167,15 @@ def measure_ngram(
     """
     # A ladder of one node a matched token tells the match by the nodes it fills.
     every = tuple((matched + 1, matched) for matched in range(1, drafter.max_ngram + 1))
-    probe = dataclasses.replace(drafter, num_nodes=drafter.max_ngram + 1, branches=1, ladder=every)
+    probe = dataclasses.replace(
+        drafter, num_nodes=drafter.max_ngram + 1, branches=1, ladder=every, least_chance=0.0
+    )
     matched = [[proposal.filled - 1 for proposal in row] for row in replay(probe, answers)]
     if not any(matched):
         raise ConfigError("no step to replay: answers of at least 2 tokens would work")
+    whole = dataclasses.replace(drafter, num_nodes=NODES, ladder=(), least_chance=0.0)
     trees = {
-        branches: replay(dataclasses.replace(drafter, num_nodes=NODES, branches=branches, ladder=()), answers)
+        branches: replay(dataclasses.replace(whole, branches=branches), answers)
         for branches in {1, drafter.branches}
     }
     tallies = {strength: _Tally() for strength in range(drafter.max_ngram + 1)}
@@ -205,7 +208,7 @@ def _walk(
 
 
 def _width_of_match(shape: NgramDrafter, matched: int, chance: float) -> int:
-    """Nodes that a match of so many tokens has verified, which has come true so often."""
+    """Nodes that are verified where so many tokens match, of which ``chance`` is what was learned."""
     if not shape.ladder:
         return shape.num_nodes
     if shape.least_chance and matched:
@@ -219,12 +222,17 @@ def measured_shapes(drafter: NgramDrafter) -> tuple[NgramDrafter, ...]:
     """
     sizes = (*range(2, 17), *range(20, 33, 4), *range(40, NODES + 1, 8))
     trees = [
-        dataclasses.replace(drafter, num_nodes=nodes, branches=branches, ladder=())
+        dataclasses.replace(drafter, num_nodes=nodes, branches=branches, ladder=(), least_chance=0.0)
         for branches in sorted({1, drafter.branches})
         for nodes in sizes
     ]
-    chains = [make_drafter("ngram", nodes, dtype=dtype) for dtype in LADDERS for nodes in sizes]
-    return tuple(dict.fromkeys((*trees, *(chain for chain in chains if isinstance(chain, NgramDrafter)))))
+    usual = [make_drafter("ngram", nodes, dtype=dtype) for dtype in LADDERS for nodes in sizes]
+    chains = [
+        dataclasses.replace(chain, max_ngram=drafter.max_ngram)
+        for chain in usual
+        if isinstance(chain, NgramDrafter) and chain.ladder[-1][1] <= drafter.max_ngram
+    ]
+    return tuple(dict.fromkeys((*trees, *chains)))
 
 
 # ---------------------------------------------------------------- any drafter, in the engine

@@ -223,11 +223,11 @@ def test_an_interrupt_inside_a_step_keeps_the_chat(monkeypatch):
     session.clear()
     stream, burst, calls = session.send("hello"), llm().engine.burst, []
 
-    def interrupted(steps, refill):
+    def interrupted(steps, waiting):
         calls.append(steps)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        burst(steps, refill)
+        burst(steps, waiting)
 
     monkeypatch.setattr(llm().engine, "burst", interrupted)
     with pytest.raises(KeyboardInterrupt):

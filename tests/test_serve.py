@@ -125,11 +125,11 @@ def test_an_interrupt_ends_a_stream_with_what_there_is(monkeypatch):
     params = SamplingParams(temperature=0, max_tokens=60)
     stream, burst, calls = llm.stream(PROMPTS[0], params), llm.engine.burst, []
 
-    def interrupted(steps, refill):
+    def interrupted(steps, waiting):
         calls.append(steps)
         if len(calls) > 3:
             raise KeyboardInterrupt
-        burst(steps, refill)
+        burst(steps, waiting)
 
     monkeypatch.setattr(llm.engine, "burst", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -73,7 +73,7 @@ class NgramDrafter(Drafter):
 
     ``ladder``: how much a match is worth, as ``(nodes, least matched tokens)`` rising to
     ``(num_nodes, ...)``. A step that finds less than its first rung asks for is plain
-    decoding; empty, every match fills all nodes. It pays where a node is not free to verify.
+    decoding (but see below); empty, every match fills all nodes. It pays where a node is not free to verify.
 
     ``least_chance``: with a ladder, how often matches of a length must have foretold the row's next token
     for one to fill any nodes; 0 for no matter how often. Those that the ladder asks for begin half-way
@@ -185,8 +185,8 @@ class NgramDrafter(Drafter):
         starts: Int[Array, " R"],
         counts: Int[Array, " R"],
     ) -> NgramState:
-        """Write the tokens where they stand; the rest of the chunk is dropped. A row that starts anew is
-        trusted as at first.
+        """Write the tokens where they stand; the rest of the chunk is dropped. A row that starts anew, or is
+        told what comes before its last guess (a chat that took a turn back), is trusted as at first.
         """
         S = state.history.shape[1]
         columns = jnp.arange(tokens.shape[1])[None, :]
@@ -194,7 +194,8 @@ class NgramDrafter(Drafter):
         history = state.history.at[rows[:, None], positions].set(tokens, mode="drop")
         if state.trust is None:
             return NgramState(history, None)
-        anew = jnp.where(starts == 0, rows, history.shape[0])
+        back = starts + 1 < state.trust.guesses[rows, 1]
+        anew = jnp.where((starts == 0) | back, rows, history.shape[0])
         chances = state.trust.chances.at[anew].set(jnp.asarray(self.first_chances), mode="drop")
         return NgramState(history, Trust(chances, state.trust.guesses.at[anew].set(0, mode="drop")))
 

@@ -17,7 +17,7 @@ from specmemo_jax.errors import ConfigError
 from specmemo_jax.memory.json_files import Reader, file_name, write_json
 
 PSEUDO_COUNT = 4.0  # what a prior weighs against counts, in candidates seen: see `AcceptanceProfile.chances`
-FORMAT = 2
+FORMAT = 1
 
 Chances = tuple[tuple[float, ...], ...]
 Counts = tuple[tuple[int, ...], ...]
@@ -329,7 +329,7 @@ def _read_shape(reader: Reader) -> MeasuredShape:
         reader.count("depth"),
         reader.count("branches"),
         ladder,
-        reader.amount("least_chance"),
+        reader.amount("least_chance") if "least_chance" in reader.fields else 0.0,  # older files have none
         outcomes,
     )
     reader.check(shape.steps > 0, "holds no steps")

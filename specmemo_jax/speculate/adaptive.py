@@ -117,7 +117,7 @@ class TreeChooser:
         used = self._figures[nodes]
         used.add(steps, seconds, tokens)
         recent, plain = used.last(SHORT_WINDOW), self._figures[1]
-        if plain.bursts and recent.rate < COLLAPSE * plain.rate:
+        if nodes > 1 and plain.bursts and recent.rate < COLLAPSE * plain.rate:
             used.bursts = recent.bursts
         used.idle = 0
         for rung, figures in self._figures.items():

@@ -159,8 +159,8 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_cache(say, llm, monkeypatch):
     session = ChatSession(llm, sampling_params=SamplingParams(temperature=0, max_tokens=60))
     burst, calls = llm.engine.burst, []
 
-    def interrupting(steps, refill):
-        burst(steps, refill)
+    def interrupting(steps, waiting):
+        burst(steps, waiting)
         calls.append(steps)
         if len(calls) == 3:
             signal.raise_signal(signal.SIGINT)
@@ -175,7 +175,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_cache(say, llm, monkeypatch):
 def test_a_second_ctrl_c_interrupts(say, llm, monkeypatch):
     session = ChatSession(llm)
 
-    def hanging(steps, refill):
+    def hanging(steps, waiting):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specmemo_jax.draft import NgramDrafter, View, make_drafter
-from specmemo_jax.draft.ngram import NgramState, Trust, chain
+from specmemo_jax.draft.ngram import chain
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.kv import Groups
 from specmemo_jax.llama.model import Llama
@@ -152,15 +153,45 @@ def test_what_is_learned_is_the_rows_own_and_outlives_a_pause():
     assert late[0][-1] == alone[0][-1] == 1
 
 
-def test_a_row_that_starts_anew_forgets_what_was_learned():
-    state = CAREFUL.init(Groups.of(2, S))
-    chances, guesses = jnp.zeros((2, 2)), jnp.full((2, 3), 1)
-    state = NgramState(state.history, Trust(chances, guesses))
+def told(text, capacity=S):
+    """The state after a text that was told and asked about a token a step, in row 1 of 2."""
+    state: Any = CAREFUL.init(Groups.of(2, capacity))
+    for at, token in enumerate(text):
+        lengths, pending = jnp.array([0, at]), jnp.array([0, token])
+        _, state = CAREFUL.propose(VIEW, state, pending, lengths)
+        state = CAREFUL.observe(VIEW, state, jnp.array([1]), pending[1:, None], lengths[1:], jnp.array([1]))
+    return state
+
+
+def chances(state, row=1):
+    return state.trust.chances[row].tolist()
+
+
+FIRST = pytest.approx(CAREFUL.first_chances)
+
+
+def test_what_is_learned_moves_and_grows_with_the_row():
+    state = told(MISLEADING)
+    learned = chances(state)
+    assert learned[0] > CAREFUL.first_chances[0]
+    assert learned[1] < CAREFUL.first_chances[1]
+    grown = CAREFUL.grow(state, Groups.of(2, 2 * S))
+    assert grown.history.shape == (2, 2 * S)
+    moved: Any = CAREFUL.move(grown, (0, jnp.int32(1)), (0, jnp.int32(0)), "cpu")
+    assert chances(moved, 0) == chances(moved, 1) == learned
+    guesses = moved.trust.guesses
+    assert guesses[0].tolist() == guesses[1].tolist() == [3, len(MISLEADING), 2]
+    assert moved.history[0].tolist() == moved.history[1].tolist()
+
+
+@pytest.mark.parametrize(("start", "forgets"), [(0, True), (8, True), (len(MISLEADING), False)])
+def test_a_row_that_starts_anew_or_goes_back_forgets_what_was_learned(start, forgets):
+    state = told(MISLEADING)
     one = jnp.array([1])
-    state = CAREFUL.observe(VIEW, state, one, jnp.array([[5, 6, 0]]), jnp.array([0]), jnp.array([2]))
-    assert state.trust is not None
-    assert state.trust.chances.tolist() == [[0, 0], pytest.approx(CAREFUL.first_chances)]
-    assert state.trust.guesses.tolist() == [[1, 1, 1], [0, 0, 0]]
+    after: Any = CAREFUL.observe(VIEW, state, one, jnp.array([[5, 6, 0]]), jnp.array([start]), jnp.array([2]))
+    assert chances(after) == (FIRST if forgets else chances(state))
+    assert chances(after, 0) == FIRST
+    assert bool(after.trust.guesses[1].any()) is not forgets
 
 
 @pytest.mark.parametrize("bad", [{"least_chance": 0.3}, {"ladder": ((8, 2),), "least_chance": 1.0}])

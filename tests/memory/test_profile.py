@@ -146,12 +146,16 @@ def test_files_round_trip_and_are_found(tmp_path, monkeypatch):
     assert [file.name for file in folder.iterdir()] == ["ngram.json"]
     some.save(folder / "self-2.json")
     assert find_profile("self:2", folder) == some
+    older = json.loads((folder / "ngram.json").read_text())
+    del older["shapes"][0]["least_chance"]
+    (folder / "ngram.json").write_text(json.dumps(older))
+    assert AcceptanceProfile.load(folder / "ngram.json").shapes[0].least_chance == 0
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"format": 99}, "this version reads 2"),
+        ({"format": 99}, "this version reads 1"),
         ({"drafter": 3}, "drafter must be a text"),
         ({"signals": []}, "holds no steps"),
         ({"signals": [{"strength": 1, "steps": 2, "seen": [[2]]}]}, "'accepted' is missing"),

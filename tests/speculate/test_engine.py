@@ -301,17 +301,15 @@ def test_an_int8_cache_is_read_about_right(dtype):
     assert sum(a == b for a, b in zip(exact, lossy, strict=True)) >= 3
 
 
-@pytest.mark.parametrize(
-    ("refill", "shortest", "ran"), [(True, 0, 3), (False, 0, 8), (True, 3600, 8)], ids=str
-)
-def test_a_burst_ends_with_the_first_row_where_others_wait(monkeypatch, refill, shortest, ran):
+@pytest.mark.parametrize(("waiting", "shortest", "ran"), [(1, 0, 3), (0, 0, 8), (1, 3600, 8)], ids=str)
+def test_a_burst_ends_with_the_first_row_where_others_wait(monkeypatch, waiting, shortest, ran):
     monkeypatch.setattr("specmemo_jax.speculate.engine.SHORTEST_BURST", shortest)
     engine = engine_for(None, 4, 256, "float32")
     try:
         for row, tokens in enumerate((40, 5)):
             engine.admit(row, Request(PROMPTS[row], tokens))
         engine.burst(1)
-        engine.burst(8, refill)
+        engine.burst(8, waiting)
         long, short = engine.rows[:2]
         assert long
         assert short
@@ -334,7 +332,7 @@ def test_steps_in_which_a_gpu_records_its_graph_are_not_timed(monkeypatch):
     engine._ran.clear()  # other tests have used it
 
     class Chooser:
-        def choose(self, steps):
+        def choose(self, steps, waiting):
             return 1, min(steps, 3)
 
         def record(self, nodes, steps, seconds, tokens):
