@@ -180,7 +180,7 @@ def test_what_is_learned_moves_and_grows_with_the_row():
     moved: Any = CAREFUL.move(grown, (0, jnp.int32(1)), (0, jnp.int32(0)), "cpu")
     assert chances(moved, 0) == chances(moved, 1) == learned
     guesses = moved.trust.guesses
-    assert guesses[0].tolist() == guesses[1].tolist() == [3, len(MISLEADING), 2]
+    assert guesses[0].tolist() == guesses[1].tolist() == [10, len(MISLEADING), 2]
     assert moved.history[0].tolist() == moved.history[1].tolist()
 
 
