@@ -119,7 +119,7 @@ def filled(drafter, texts, pause=()):
     most = max(map(len, texts))
     state = drafter.init(Groups.of(len(texts), S))
     rows, found = jnp.arange(len(texts)), []
-    observe, propose = jax.jit(drafter.observe, static_argnums=0), jax.jit(drafter.propose, static_argnums=0)
+    observe, propose = (jax.jit(call, static_argnums=0) for call in (drafter.observe, drafter.propose))
     for at in range(most):
         going = jnp.array([at < len(text) for text in texts])
         token = jnp.array([text[min(at, len(text) - 1)] for text in texts])
@@ -156,10 +156,11 @@ def test_what_is_learned_is_the_rows_own_and_outlives_a_pause():
 def told(text, capacity=S):
     """The state after a text that was told and asked about a token a step, in row 1 of 2."""
     state: Any = CAREFUL.init(Groups.of(2, capacity))
+    observe, propose = (jax.jit(call, static_argnums=0) for call in (CAREFUL.observe, CAREFUL.propose))
     for at, token in enumerate(text):
         lengths, pending = jnp.array([0, at]), jnp.array([0, token])
-        _, state = CAREFUL.propose(VIEW, state, pending, lengths)
-        state = CAREFUL.observe(VIEW, state, jnp.array([1]), pending[1:, None], lengths[1:], jnp.array([1]))
+        _, state = propose(VIEW, state, pending, lengths)
+        state = observe(VIEW, state, jnp.array([1]), pending[1:, None], lengths[1:], jnp.array([1]))
     return state
 
 
