@@ -234,6 +234,7 @@ def verify_table(target: Target, options: argparse.Namespace) -> None:
                 step = engine.step_program(capacity)
                 state = start_state(engine, capacity, batch)
                 state, _ = step(target.leaves, engine.draft_weights, state)
+                jax.block_until_ready(state)  # a program's first step takes several times the next
                 cases.append((T, step, state, []))
             for _ in range(options.rounds):
                 for i, (T, step, state, times) in enumerate(cases):

@@ -42,11 +42,10 @@ class Trust:
         """The chances after the last guess, whose token is known by now unless its row is done."""
         token, position, matched = jnp.moveaxis(self.guesses, 1, 0)
         came = jnp.take_along_axis(history, position[:, None], axis=1)[:, 0]
-        hit = (came == token).astype(jnp.float32)[:, None]
-        used = (jnp.arange(self.chances.shape[1])[None, :] + 1 == matched[:, None]) & (position <= lengths)[
-            :, None
-        ]
-        return jnp.where(used, learned(self.chances, hit), self.chances)
+        hit = (came == token).astype(jnp.float32)
+        known = jnp.where(position <= lengths, matched, 0)
+        used = jnp.arange(1, self.chances.shape[1] + 1)[None, :] == known[:, None]
+        return jnp.where(used, learned(self.chances, hit[:, None]), self.chances)
 
 
 @jax.tree_util.register_dataclass
