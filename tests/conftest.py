@@ -15,6 +15,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**32),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
+# The suite's time is compiling: LLVM optimises nothing, here and in the processes that tests start. XLA has
+# fused operations and assigned buffers before; see `optimized_programs`.
+if os.environ["JAX_PLATFORMS"] == "cpu" and "optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
 import pytest
@@ -32,23 +36,13 @@ install_import_hook(ROOMS, "beartype.beartype")
 from specmemo_jax.compilation import compiler_options
 
 
-def _compile_quickly(patch):
-    """Programs that LLVM does not optimise; XLA has fused operations and assigned buffers before."""
-    options = {**(compiler_options("cpu") or {}), "xla_backend_optimization_level": 0}
-    patch.setattr("specmemo_jax.speculate.programs.compiler_options", lambda platform, tuned=True: options)
-
-
-@pytest.fixture
-def only_memory(monkeypatch):
-    """For programs that are asked for their memory alone."""
-    _compile_quickly(monkeypatch)
-
-
 @pytest.fixture(scope="module")
-def quick_programs():
-    """For modules whose programs are many and run for milliseconds."""
+def optimized_programs():
+    """For modules that want the engine's programs as a user runs them."""
+    options = {**(compiler_options("cpu") or {}), "xla_backend_optimization_level": 3}
+    name = "specmemo_jax.speculate.programs.compiler_options"
     with pytest.MonkeyPatch.context() as patch:
-        _compile_quickly(patch)
+        patch.setattr(name, lambda platform, tuned=True: options)
         yield
 
 

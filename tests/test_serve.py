@@ -14,7 +14,6 @@ from specmemo_jax.errors import ConfigError, RequestError
 from specmemo_jax.loading import open_draft_model, open_model
 from specmemo_jax.testing import TINY, tiny_llama, tiny_tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
 TOKENIZER = tiny_tokenizer()
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9] * 5, [90], [30, 31, 30, 31, 30]]
 

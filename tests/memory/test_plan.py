@@ -48,7 +48,7 @@ DRAFTERS = {
         ("self", 3, "float32", None),
     ],
 )
-def test_plan_against_the_compiler(name, batch, dtype, kv_dtype, only_memory):
+def test_plan_against_the_compiler(name, batch, dtype, kv_dtype):
     """Persistent buffers to the byte, temporaries from above, the whole state aliased, sampled or greedy."""
     drafter = DRAFTERS[name]
     target = pack(TINY, iter(tiny_llama().items()), jnp.dtype(dtype))
@@ -80,7 +80,7 @@ def test_plan_against_the_compiler(name, batch, dtype, kv_dtype, only_memory):
             assert figures.peak <= plan.peak_bytes
 
 
-def test_a_mesh_holds_its_share_of_the_vocabulary(only_memory):
+def test_a_mesh_holds_its_share_of_the_vocabulary():
     """The tokens seen are split by vocabulary, as the logits are; what the programs need is in the plan."""
     config = dataclasses.replace(TINY, vocab_size=2**17, hidden_size=32, num_heads=8, num_kv_heads=8)
     drafter, batch = NgramDrafter(4), 4

@@ -24,7 +24,6 @@ from specmemo_jax.speculate.engine import Engine
 from specmemo_jax.speculate.row_log import Request
 from specmemo_jax.testing import TINY, tiny_llama
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
 TARGET = pack(TINY, iter(tiny_llama().items()), jnp.dtype("float32"))
 SMALL = dataclasses.replace(TINY, num_layers=1, hidden_size=16, ffn_size=24, num_heads=2, num_kv_heads=1)
 STRANGER = pack(SMALL, iter(tiny_llama(SMALL, seed=5).items()), jnp.dtype("bfloat16"))

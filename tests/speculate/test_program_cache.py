@@ -58,7 +58,7 @@ def test_other_failures_are_told(platform, failure):
     assert len(lowered.asked) == 1
 
 
-def test_nothing_is_compiled_later(monkeypatch, only_memory):
+def test_nothing_is_compiled_later(monkeypatch):
     """All that greedy and sampled requests and drafters that sleep ask for is among the plan's programs."""
     made = []
     compile_one = Programs.compile

@@ -22,7 +22,6 @@ from specmemo_jax.speculate.programs import Programs
 from specmemo_jax.speculate.row_log import Request
 from specmemo_jax.testing import TINY, tiny_llama
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
 TARGET = pack(TINY, iter(tiny_llama().items()), jnp.dtype("float32"))
 PROMPT = np.random.default_rng(3).integers(0, 97, 40).tolist()
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, repetition_penalty=1.2, presence_penalty=0.1, seed=5)
