@@ -31,6 +31,7 @@ from specmemo_jax.memory.compiled import compiled_memory
 from specmemo_jax.memory.plan import make_plan
 from specmemo_jax.speculate.engine import Engine
 from specmemo_jax.speculate.row_log import Request
+from specmemo_jax.timing import part_filled
 from specmemo_jax.weights import Checkpoint, open_checkpoint, resolve
 
 REFERENCE = Path(__file__).parent.parent / "tests" / "data" / "mt_bench_reference.jsonl"
@@ -232,7 +233,7 @@ def verify_table(target: Target, options: argparse.Namespace) -> None:
             cases = []
             for T, engine in engines(target, batch, capacity, options.nodes):
                 step = engine.step_program(capacity)
-                state = start_state(engine, capacity, batch)
+                state = part_filled(engine, capacity)
                 state, _ = step(target.leaves, engine.draft_weights, state)
                 jax.block_until_ready(state)  # a program's first step takes several times the next
                 cases.append((T, step, state, []))
@@ -247,22 +248,6 @@ def verify_table(target: Target, options: argparse.Namespace) -> None:
             first = medians[options.nodes[0]]
             cells = "  ".join(f"T={T}: {m / first:.2f} ({m * 1e3:.1f})" for T, m in medians.items())
             print(f"B={batch} S={capacity}  {cells}", flush=True)
-
-
-def start_state(engine: Engine, capacity: int, batch: int) -> Any:
-    """Rows three quarters full, mid-answer, with a random history for the drafter."""
-    state = engine.programs.empty_state(capacity)
-    length = capacity * 3 // 4
-    rows = dataclasses.replace(
-        state.rows,
-        lengths=jnp.full((batch,), length, jnp.int32),
-        done=jnp.ones((batch,), bool),  # a done row computes all the same and stays where it is
-    )
-    draft = state.draft
-    if engine.drafter is not None:
-        history = np.random.default_rng(0).integers(0, 50, draft.history.shape)
-        draft = dataclasses.replace(draft, history=jnp.asarray(history, jnp.int32))
-    return dataclasses.replace(state, rows=rows, draft=draft)
 
 
 def memory_table(target: Target, options: argparse.Namespace) -> None:

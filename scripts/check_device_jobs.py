@@ -4,6 +4,7 @@ Called as ``check_device_jobs.py NAME ARGUMENTS_JSON RESULT_FILE``.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -25,8 +26,6 @@ from specmemo_jax.compilation import enable_compilation_cache
 from specmemo_jax.draft import Drafter, NgramDrafter, make_drafter
 from specmemo_jax.errors import CapacityError
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.llama.kv import init_cache
-from specmemo_jax.llama.model import forward, logits
 from specmemo_jax.llama.packing import Target, pack
 from specmemo_jax.loading import Opened, open_model
 from specmemo_jax.memory.compiled import compiled_memory
@@ -36,6 +35,8 @@ from specmemo_jax.prompts import read_prompts
 from specmemo_jax.serve import Job, device_sampling, pad_bad_words, serve
 from specmemo_jax.speculate.engine import Engine
 from specmemo_jax.speculate.row_log import Request
+from specmemo_jax.testing import whole_logits
+from specmemo_jax.timing import part_filled
 from specmemo_jax.weights import open_checkpoint, resolve
 
 PROMPTS = Path(__file__).parent / "data" / "quickstart_prompts.jsonl"
@@ -165,26 +166,10 @@ def logit_gap(target: Target, prompt: Sequence[int], want: Sequence[int], got: S
     """How far apart the target's logits are for the two tokens at which two answers part."""
     at = next(i for i, (a, b) in enumerate(zip(want, got, strict=True)) if a != b)
     ids = [*prompt, *want[:at]]
-    config, length = target.config, -(-len(ids) // 64) * 64
-    tokens = jnp.zeros((1, length), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids, jnp.int32))
-
-    @jax.jit
-    def scores(leaves: Any, tokens: jax.Array) -> jax.Array:
-        model = target.merge(leaves)
-        cache = init_cache(config.num_layers, (1, config.num_kv_heads, 1, config.head_dim), target.dtype)
-        causal = jnp.tril(jnp.ones((1, length, length), bool))
-        hidden, _ = forward(
-            model,
-            (cache,),
-            tokens,
-            jnp.arange(length)[None, :],
-            causal,
-            jnp.zeros((1,), jnp.int32),
-            target.platform,
-        )
-        return logits(model, hidden[:, len(ids) - 1 :][:, :1], target.platform)[0, 0]
-
-    found = scores(target.leaves, tokens)
+    tokens = np.zeros((1, -(-len(ids) // 64) * 64), np.int32)
+    tokens[0, : len(ids)] = ids
+    last = slice(len(ids) - 1, len(ids))
+    found = jax.jit(functools.partial(whole_logits, target, after=last))(target.leaves, tokens)[0, 0]
     return abs(float(found[want[at]] - found[got[at]]))
 
 
@@ -273,7 +258,7 @@ def steps(model: str, quick: bool, dtype: str) -> Result:
         for nodes in (1, 4, 8, 16):
             engine = _engine(target, NgramDrafter(nodes) if nodes > 1 else None, batch, context - 17)
             program = engine.step_program(context)
-            state, _ = program(target.leaves, engine.draft_weights, _full_state(engine, context))
+            state, _ = program(target.leaves, engine.draft_weights, part_filled(engine, context))
             cases[nodes] = engine, program, state
         times: dict[int, list[float]] = {nodes: [] for nodes in cases}
         for _ in range(rounds):
@@ -289,17 +274,6 @@ def steps(model: str, quick: bool, dtype: str) -> Result:
         cells = [f"{median * 1e3:.2f} ({median / medians[0]:.2f})" for median in medians]
         rows.append([target.dtype.name, str(batch), str(context), *cells])
     return Result(rows, [f"Median of {rounds} rounds of {burst} steps, the sizes by turns."])
-
-
-def _full_state(engine: Engine, capacity: int) -> Any:
-    """Rows three quarters full. They are done, so that they stay where they are; the work is the same."""
-    state = engine.programs.empty_state(capacity)
-    rows = dataclasses.replace(state.rows, lengths=jnp.full_like(state.rows.lengths, capacity * 3 // 4))
-    draft = state.draft
-    if engine.drafter is not None:  # n-grams that match
-        history = np.random.default_rng(0).integers(0, 50, draft.history.shape)
-        draft = dataclasses.replace(draft, history=jnp.asarray(history, jnp.int32))
-    return dataclasses.replace(state, rows=rows, draft=draft)
 
 
 def speed(model: str, quick: bool, dtype: str) -> Result:

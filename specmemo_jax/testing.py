@@ -1,8 +1,16 @@
-"""Models that need no files, for pytest users."""
+"""Models that need no files, and logits to hold an engine against, for pytest users."""
 
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
+from specmemo_jax.llama import kv
 from specmemo_jax.llama.config import LlamaConfig
+from specmemo_jax.llama.model import forward, logits
+from specmemo_jax.llama.packing import Target
 from specmemo_jax.tokenizer import Tokenizer
 
 TINY = LlamaConfig(
@@ -33,6 +41,33 @@ def tiny_llama(config: LlamaConfig = TINY, seed: int = 0) -> dict[str, np.ndarra
         else:
             params[name] = noise / np.float32(np.sqrt(shape[-1]))
     return params
+
+
+def whole_logits(
+    target: Target,
+    leaves: Sequence[jax.Array],
+    tokens: Int[Array, "B T"],
+    *,
+    after: slice = slice(None),
+    num_layers: int | None = None,
+) -> Float[Array, "B after V"]:
+    """Logits after every token, or those at ``after`` alone, by one causal pass without a cache: no engine,
+    chunk or tree has a part in them.
+
+    ``leaves``: the target's, an argument of their own so that a jitted caller does not make constants of
+    them.
+    ``num_layers``: only so many first layers, then the final norm and the head.
+    """
+    config, (B, T) = target.config, tokens.shape
+    shape = (B, config.num_kv_heads, 1, config.head_dim)
+    nothing = kv.init_cache(num_layers or config.num_layers, shape, target.dtype)
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
+    model = target.merge(leaves)
+    hidden, _ = forward(
+        model, (nothing,), tokens, positions, causal, jnp.zeros((B,), jnp.int32), target.platform
+    )
+    return logits(model, hidden[:, after], target.platform)
 
 
 def tiny_tokenizer() -> Tokenizer:

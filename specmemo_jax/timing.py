@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from specmemo_jax.draft import Drafter, View
+from specmemo_jax.draft.ngram import NgramState
 from specmemo_jax.draft.protocol import State
 from specmemo_jax.llama.kv import Groups
 from specmemo_jax.llama.packing import Target
@@ -116,7 +118,7 @@ def measure(
     base = grid.capacities[0]
     blank = BlankDrafter(max(grid.nodes))
     engines = {batch: _engine(target, blank, batch, base) for batch in sorted({1, *grid.batches})}
-    states = {(b, c): _part_filled(engines[b], c) for b, c in dict.fromkeys((b, c) for b, c, _ in grid.steps)}
+    states = {(b, c): part_filled(engines[b], c) for b, c in dict.fromkeys((b, c) for b, c, _ in grid.steps)}
     cases: dict[Any, Callable[[], float]] = {}
     for batch, capacity, nodes in grid.steps:
         progress(f"compiling a step of {batch} x {nodes} nodes over {capacity} slots")
@@ -184,11 +186,17 @@ def _engine(target: Target, drafter: Drafter, batch: int, capacity: int) -> Engi
     return Engine(target, drafter, dataclasses.replace(plan, capacities=(capacity,)))
 
 
-def _part_filled(engine: Engine, capacity: int) -> EngineState:
-    """Rows three quarters full. They are done, so that they stay where they are; the work is the same."""
+def part_filled(engine: Engine, capacity: int) -> EngineState:
+    """A device state of ``capacity`` slots a row, three quarters of them full, with something to match for
+    n-grams. The rows are done, so that they stay where they are; the work is the same.
+    """
     state = engine.programs.empty_state(capacity)
     rows = dataclasses.replace(state.rows, lengths=jnp.full_like(state.rows.lengths, capacity * 3 // 4))
-    return dataclasses.replace(state, rows=rows)
+    draft = state.draft
+    if isinstance(draft, NgramState):
+        history = np.random.default_rng(0).integers(0, 50, draft.history.shape)
+        draft = dataclasses.replace(draft, history=jnp.asarray(history, jnp.int32))
+    return dataclasses.replace(state, rows=rows, draft=draft)
 
 
 def _step_case(
@@ -222,7 +230,7 @@ def _prefill_case(engine: Engine, chunk: int) -> Callable[[], float]:
 def _draft_case(target: Target, drafter: Drafter, capacity: int, repeats: int) -> Callable[[], float]:
     """Seconds of one row's proposing and observing."""
     engine = _engine(target, drafter, 1, capacity)
-    state = _part_filled(engine, capacity)
+    state = part_filled(engine, capacity)
     rows, weights, held = state.rows, engine.draft_weights, [state.draft]
 
     def draft(leaves: Any, weights: Any, caches: Any, own: State) -> tuple[Any, State]:

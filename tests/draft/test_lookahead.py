@@ -11,9 +11,9 @@ import pytest
 from specmemo_jax.draft import DraftModel, SelfDrafter, Shape, View
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama import kv
-from specmemo_jax.llama.model import forward, logits
+from specmemo_jax.llama.model import forward
 from specmemo_jax.llama.packing import pack
-from specmemo_jax.testing import TINY, tiny_llama
+from specmemo_jax.testing import TINY, tiny_llama, whole_logits
 
 CONFIG = dataclasses.replace(TINY, vocab_size=19, max_context=64)
 TARGET = pack(CONFIG, iter(tiny_llama(CONFIG, seed=7).items()), jnp.dtype("float32"))
@@ -23,16 +23,8 @@ S = 48
 @functools.cache
 def every_position(layers):
     """Log probabilities after each of S tokens, without a cache."""
-    empty = kv.init_cache(layers, (1, 2, 1, 8), TARGET.dtype)
-    causal, at = jnp.tril(jnp.ones((1, S, S), bool)), jnp.arange(S)[None]
-
-    @jax.jit
-    def run(leaves, tokens):
-        model = TARGET.merge(leaves)
-        hidden, _ = forward(model, (empty,), tokens, at, causal, jnp.zeros((1,), jnp.int32), "cpu")
-        return jax.nn.log_softmax(logits(model, hidden, "cpu"))[0]
-
-    return run
+    logits = functools.partial(whole_logits, TARGET, num_layers=layers)
+    return jax.jit(lambda leaves, ids: jax.nn.log_softmax(logits(leaves, ids))[0])
 
 
 @functools.cache

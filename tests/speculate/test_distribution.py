@@ -14,8 +14,6 @@ import pytest
 from scipy import stats
 
 from specmemo_jax.draft import DraftModel, NgramDrafter, SelfDrafter, Shape
-from specmemo_jax.llama import kv
-from specmemo_jax.llama.model import forward, logits
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.memory.plan import make_plan
 from specmemo_jax.sampling_params import SamplingParams
@@ -26,7 +24,7 @@ from specmemo_jax.speculate.emitted import Emitted, read
 from specmemo_jax.speculate.engine import Engine
 from specmemo_jax.speculate.row_log import Request
 from specmemo_jax.speculate.sampling import choose, remember
-from specmemo_jax.testing import TINY, tiny_llama
+from specmemo_jax.testing import TINY, tiny_llama, whole_logits
 
 V = 11
 CONFIG = dataclasses.replace(TINY, vocab_size=V, max_context=64)
@@ -43,15 +41,7 @@ DRAFTERS = {
 }
 
 
-@jax.jit
-def logits_of(ids):
-    """At every position, without a cache."""
-    model, T = TARGET.merge(TARGET.leaves), ids.shape[1]
-    empty = kv.init_cache(CONFIG.num_layers, (1, 2, 8, 8), TARGET.dtype)
-    causal = jnp.tril(jnp.ones((1, T, T), bool))
-    at = jnp.arange(T)[None]
-    hidden, _ = forward(model, (empty,), ids, at, causal, jnp.zeros((1,), jnp.int32), "cpu")
-    return logits(model, hidden, "cpu")
+logits_of = jax.jit(functools.partial(whole_logits, TARGET))
 
 
 @functools.cache
@@ -59,7 +49,7 @@ def distribution(ids):
     """The filtered next-token distribution after ``ids``, by sorting."""
     padded = np.zeros((1, len(PROMPT) + 2), np.int32)
     padded[0, : len(ids)] = ids
-    z = np.asarray(logits_of(padded), np.float64)[0, len(ids) - 1] / PARAMS.temperature
+    z = np.asarray(logits_of(TARGET.leaves, padded), np.float64)[0, len(ids) - 1] / PARAMS.temperature
     order = np.argsort(-z)[: PARAMS.top_k]
     p = np.exp(z[order] - z[order[0]])
     kept = order[np.concatenate([[0], np.cumsum(p / p.sum())[:-1]]) < PARAMS.top_p]

@@ -11,13 +11,11 @@ import pytest
 from specmemo_jax import LLM, SamplingParams
 from specmemo_jax.draft import NgramDrafter
 from specmemo_jax.errors import CapacityError, RequestError
-from specmemo_jax.llama import kv
-from specmemo_jax.llama.model import forward, logits
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.memory.compiled import compiled_memory
 from specmemo_jax.memory.plan import lay_out
 from specmemo_jax.speculate.engine import Engine
-from specmemo_jax.testing import TINY, tiny_llama
+from specmemo_jax.testing import TINY, tiny_llama, whole_logits
 
 TARGET = pack(TINY, iter(tiny_llama().items()), jnp.dtype("float32"))
 IDS = np.random.default_rng(3).integers(0, 97, 230).tolist()
@@ -32,14 +30,9 @@ def llm(batch=2, kv_cache_dtype: Literal["auto", "int8"] = "auto"):
 
 
 @jax.jit
-def log_softmax(ids):
+def log_softmax(leaves, ids):
     """At every position, without a cache."""
-    T = ids.shape[1]
-    empty = kv.init_cache(TINY.num_layers, (1, TINY.num_kv_heads, 1, TINY.head_dim), TARGET.dtype)
-    causal = jnp.tril(jnp.ones((1, T, T), bool))
-    model, at = TARGET.merge(TARGET.leaves), jnp.arange(T)[None]
-    hidden, _ = forward(model, (empty,), ids, at, causal, jnp.zeros((1,), jnp.int32), "cpu")
-    return jax.nn.log_softmax(logits(model, hidden, "cpu"), axis=-1)
+    return jax.nn.log_softmax(whole_logits(TARGET, leaves, ids), axis=-1)
 
 
 def expected(ids):
@@ -47,7 +40,7 @@ def expected(ids):
     T = len(ids)
     padded = np.zeros((1, TINY.max_context), np.int32)  # one length, one program
     padded[0, :T] = ids
-    z = np.asarray(log_softmax(padded))[0, :T]
+    z = np.asarray(log_softmax(TARGET.leaves, padded))[0, :T]
     following = np.asarray(ids[1:])
     return z[np.arange(T - 1), following], z[:-1].argmax(-1) == following
 
