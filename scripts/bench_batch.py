@@ -35,9 +35,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmemo_jax import LLM, LlamaConfig, RequestOutput, SamplingParams
-from specmemo_jax.speculate.engine import Engine
-from specmemo_jax.speculate.row_log import Request
-from specmemo_jax.weights.zoo import zoo_config
+from specmemo_jax.checkpoints.zoo import zoo_config
+from specmemo_jax.engine.engine import Engine
+from specmemo_jax.engine.sequence import Request
 
 BUNDLED = Path(__file__).parent.parent / "tests" / "data" / "mt_bench_reference.jsonl"
 

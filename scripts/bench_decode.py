@@ -24,15 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specmemo_jax.compilation import enable_compilation_cache
+from specmemo_jax.checkpoints import Checkpoint, open_checkpoint, resolve
+from specmemo_jax.devices.compiled import compiled_memory
+from specmemo_jax.devices.compiler import enable_compilation_cache
 from specmemo_jax.draft import NgramDrafter, make_drafter
+from specmemo_jax.engine.engine import Engine
+from specmemo_jax.engine.sequence import Request
 from specmemo_jax.llama.packing import Target, pack
-from specmemo_jax.memory.compiled import compiled_memory
+from specmemo_jax.measure.timing import part_filled
 from specmemo_jax.memory.plan import make_plan
-from specmemo_jax.speculate.engine import Engine
-from specmemo_jax.speculate.row_log import Request
-from specmemo_jax.timing import part_filled
-from specmemo_jax.weights import Checkpoint, open_checkpoint, resolve
 
 REFERENCE = Path(__file__).parent.parent / "tests" / "data" / "mt_bench_reference.jsonl"
 

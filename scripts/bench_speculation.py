@@ -22,10 +22,10 @@ import jax.numpy as jnp
 
 from specmemo_jax import LLM, SamplingParams
 from specmemo_jax.draft import NgramDrafter
+from specmemo_jax.engine.engine import Engine
+from specmemo_jax.engine.sequence import Request
+from specmemo_jax.files.prompts import read_prompts
 from specmemo_jax.llama.kv import capacity_of
-from specmemo_jax.prompts import read_prompts
-from specmemo_jax.speculate.engine import Engine
-from specmemo_jax.speculate.row_log import Request
 
 DATA = Path(__file__).parent.parent / "tests" / "data" / "mt_bench_reference.jsonl"
 KINDS: dict[str, dict[str, Any]] = {

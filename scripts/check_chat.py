@@ -16,8 +16,8 @@ from pathlib import Path
 import jax
 
 from specmemo_jax import LLM, SamplingParams
-from specmemo_jax.chat import ChatSession
-from specmemo_jax.planning import planning_for
+from specmemo_jax.chat.session import ChatSession
+from specmemo_jax.planning.request import planning_for
 
 MIB = 2**20
 QUESTIONS = (

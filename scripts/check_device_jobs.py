@@ -22,22 +22,22 @@ import numpy as np
 from check_device import Result
 
 from specmemo_jax import LLM, RequestOutput, SamplingParams, __version__
-from specmemo_jax.compilation import enable_compilation_cache
+from specmemo_jax.checkpoints import open_checkpoint, resolve
+from specmemo_jax.checkpoints.open import Opened, open_model
+from specmemo_jax.devices.compiled import compiled_memory
+from specmemo_jax.devices.compiler import enable_compilation_cache
+from specmemo_jax.devices.table import Device, default_dtype
 from specmemo_jax.draft import Drafter, NgramDrafter, make_drafter
+from specmemo_jax.engine.engine import Engine
+from specmemo_jax.engine.sequence import Request
 from specmemo_jax.errors import CapacityError
+from specmemo_jax.files.prompts import read_prompts
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.packing import Target, pack
-from specmemo_jax.loading import Opened, open_model
-from specmemo_jax.memory.compiled import compiled_memory
-from specmemo_jax.memory.devices import Device, default_dtype
+from specmemo_jax.measure.timing import part_filled
 from specmemo_jax.memory.plan import make_plan
-from specmemo_jax.prompts import read_prompts
-from specmemo_jax.serve import Job, device_sampling, pad_bad_words, serve
-from specmemo_jax.speculate.engine import Engine
-from specmemo_jax.speculate.row_log import Request
+from specmemo_jax.serve.serve import Job, device_sampling, pad_bad_words, serve
 from specmemo_jax.testing import whole_logits
-from specmemo_jax.timing import part_filled
-from specmemo_jax.weights import open_checkpoint, resolve
 
 PROMPTS = Path(__file__).parent / "data" / "quickstart_prompts.jsonl"
 MOST_CONTEXT = 1024

@@ -29,13 +29,13 @@ import numpy as np
 from tqdm import tqdm
 
 from specmemo_jax import LLM, LlamaConfig, SamplingParams
+from specmemo_jax.checkpoints import open_checkpoint, resolve
 from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, Shape, make_drafter
 from specmemo_jax.draft.ngram import chain
+from specmemo_jax.engine.engine import Engine
+from specmemo_jax.engine.sequence import Request, RowLog
 from specmemo_jax.llama.packing import pack
-from specmemo_jax.speculate.engine import Engine
-from specmemo_jax.speculate.row_log import Request, RowLog
 from specmemo_jax.testing import tiny_llama
-from specmemo_jax.weights import open_checkpoint, resolve
 
 ROUNDING = 1e-3  # of a layer's largest number; another token's differ by its size
 REFERENCE = Path(__file__).parent.parent / "tests" / "data" / "mt_bench_reference.jsonl"

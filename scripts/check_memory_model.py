@@ -30,17 +30,17 @@ import jax
 import jax.numpy as jnp
 
 from specmemo_jax import LlamaConfig
+from specmemo_jax.checkpoints.zoo import zoo_config
+from specmemo_jax.devices.compiled import compiled_memory
+from specmemo_jax.devices.table import find_device
 from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, Shape
+from specmemo_jax.engine.programs import Programs, state_shardings
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.packing import abstract_target
-from specmemo_jax.memory.compiled import compiled_memory
-from specmemo_jax.memory.devices import find_device
 from specmemo_jax.memory.footprint import ProgramFootprint
 from specmemo_jax.memory.plan import SLOTS, MemoryPlan, lay_out
-from specmemo_jax.parallel.sharding import check_shards
-from specmemo_jax.proving import lowerings, place_for, programs_for
-from specmemo_jax.speculate.programs import Programs, state_shardings
-from specmemo_jax.weights.zoo import zoo_config
+from specmemo_jax.mesh.axes import check_shards
+from specmemo_jax.planning.prove import lowerings, place_for, programs_for
 
 TINY = LlamaConfig(
     vocab_size=256, hidden_size=64, ffn_size=128, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=16,

@@ -26,11 +26,11 @@ from multiprocessing import get_context
 import jax
 from tqdm import tqdm
 
+from specmemo_jax.devices.compiled import compiled_memory
 from specmemo_jax.errors import BudgetError, CapacityError, ConfigError
-from specmemo_jax.memory.compiled import compiled_memory
 from specmemo_jax.memory.plan import MemoryPlan
-from specmemo_jax.planning import Planning, named_config, planning_for
-from specmemo_jax.proving import lowerings, place_for, programs_for
+from specmemo_jax.planning.prove import lowerings, place_for, programs_for
+from specmemo_jax.planning.request import Planning, named_config, planning_for
 
 MODELS = ("smollm2-135m-instruct", "llama-3.2-1b-instruct", "tinyllama-1.1b-chat", "llama-2-7b-chat",
           "llama-2-13b-chat", "llama-2-70b-chat")  # fmt: skip

@@ -10,7 +10,7 @@ import jax
 
 from specmemo_jax import LLM, RequestOutput, SamplingParams
 from specmemo_jax.cli.answers import answer
-from specmemo_jax.prompts import PromptRecord, read_prompts
+from specmemo_jax.files.prompts import PromptRecord, read_prompts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,23 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specmemo_jax.chat import ChatSession
+    from specmemo_jax.chat.session import ChatSession
     from specmemo_jax.errors import SpecMemoError
     from specmemo_jax.llama.config import LlamaConfig
     from specmemo_jax.llm import LLM
     from specmemo_jax.memory.plan import MemoryPlan
-    from specmemo_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput
-    from specmemo_jax.sampling_params import SamplingParams
+    from specmemo_jax.serve.outputs import CompletionOutput, RequestMetrics, RequestOutput
+    from specmemo_jax.serve.params import SamplingParams
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "LLM": "llm",
-    "ChatSession": "chat",
-    "SamplingParams": "sampling_params",
-    "RequestOutput": "outputs",
-    "CompletionOutput": "outputs",
-    "RequestMetrics": "outputs",
+    "ChatSession": "chat.session",
+    "SamplingParams": "serve.params",
+    "RequestOutput": "serve.outputs",
+    "CompletionOutput": "serve.outputs",
+    "RequestMetrics": "serve.outputs",
     "MemoryPlan": "memory.plan",
     "LlamaConfig": "llama.config",
     "SpecMemoError": "errors",

@@ -10,20 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmemo_jax.batch import BatchSummary, run_batch
-from specmemo_jax.compilation import enable_compilation_cache
+from specmemo_jax.checkpoints.open import open_model
+from specmemo_jax.checkpoints.tokenizer import Tokenizer
+from specmemo_jax.devices.allocator import check_allocator, limit_allocator
+from specmemo_jax.devices.compiler import enable_compilation_cache
+from specmemo_jax.devices.table import live_device
 from specmemo_jax.draft import Drafter, default_shape, is_model_name
+from specmemo_jax.draft.load import open_draft_model
+from specmemo_jax.engine.engine import Engine
+from specmemo_jax.engine.program_cache import ProgramCache
+from specmemo_jax.engine.programs import Programs, tuning_bytes
+from specmemo_jax.engine.sequence import Request
 from specmemo_jax.errors import RequestError
+from specmemo_jax.files.byte_size import parse_bytes
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.packing import Target, abstract_target, pack
-from specmemo_jax.loading import open_draft_model, open_model
-from specmemo_jax.memory.allocator import check_allocator, limit_allocator
-from specmemo_jax.memory.budget import parse_bytes
-from specmemo_jax.memory.devices import live_device
 from specmemo_jax.memory.footprint import BURST
 from specmemo_jax.memory.plan import MemoryPlan
-from specmemo_jax.memory.planner import Task, search
-from specmemo_jax.outputs import RequestOutput
-from specmemo_jax.planning import (
+from specmemo_jax.planning.request import (
     cache_source,
     drafter_named,
     dtype_for,
@@ -32,14 +36,11 @@ from specmemo_jax.planning import (
     speed_for,
     workload_for,
 )
-from specmemo_jax.sampling_params import SamplingParams
-from specmemo_jax.serve import Job, TextStream, device_sampling, pad_bad_words, serve
-from specmemo_jax.speculate.engine import Engine
-from specmemo_jax.speculate.program_cache import ProgramCache
-from specmemo_jax.speculate.programs import Programs, tuning_bytes
-from specmemo_jax.speculate.row_log import Request
-from specmemo_jax.text import AnswerText
-from specmemo_jax.tokenizer import Tokenizer
+from specmemo_jax.planning.search import Task, search
+from specmemo_jax.serve.outputs import RequestOutput
+from specmemo_jax.serve.params import SamplingParams
+from specmemo_jax.serve.serve import Job, TextStream, device_sampling, pad_bad_words, serve
+from specmemo_jax.serve.text import AnswerText
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int]
@@ -258,7 +259,7 @@ class LLM:
             progress: called with the counts so far after each row.
 
         Raises RequestError where the requests cannot be read or the results are of other settings, and
-        `specmemo_jax.sink.OutputError` where rows cannot be written; what was written stays.
+        `specmemo_jax.files.rows.OutputError` where rows cannot be written; what was written stays.
         """
         return run_batch(
             self,
@@ -295,8 +296,8 @@ class LLM:
     def run_jobs(
         self, jobs: Iterable[Job], burst: int = BURST, ahead: int | None = None
     ) -> Generator[Job, None, None]:
-        """`specmemo_jax.serve.serve`: the jobs, each whenever it has grown. A call that fails may have eaten
-        its donated buffers, so the next starts afresh.
+        """`specmemo_jax.serve.serve.serve`: the jobs, each whenever it has grown. A call that fails may have
+        eaten its donated buffers, so the next starts afresh.
         """
         if any(row is not None for row in self.engine.rows):
             raise RequestError("another call is still running; its end, or closing its stream, would work")

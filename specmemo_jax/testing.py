@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from specmemo_jax.checkpoints.tokenizer import Tokenizer
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.model import forward, logits
 from specmemo_jax.llama.packing import Target
-from specmemo_jax.tokenizer import Tokenizer
 
 TINY = LlamaConfig(
     vocab_size=97,

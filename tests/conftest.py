@@ -28,19 +28,18 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from jaxtyping import install_import_hook
+from rooms import CHECKED
 
-# The rooms that arrays pass through; the front doors check their own input, and are tested for it.
-ROOMS = ["specmemo_jax.llama", "specmemo_jax.speculate", "specmemo_jax.draft", "specmemo_jax.memory.compiled"]
-install_import_hook(ROOMS, "beartype.beartype")
+install_import_hook([f"specmemo_jax.{room}" for room in CHECKED], "beartype.beartype")
 
-from specmemo_jax.compilation import compiler_options
+from specmemo_jax.devices.compiler import compiler_options
 
 
 @pytest.fixture(scope="module")
 def optimized_programs():
     """For modules that want the engine's programs as a user runs them."""
     options = {**(compiler_options("cpu") or {}), "xla_backend_optimization_level": 3}
-    name = "specmemo_jax.speculate.programs.compiler_options"
+    name = "specmemo_jax.engine.programs.compiler_options"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(name, lambda platform, tuned=True: options)
         yield

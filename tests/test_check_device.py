@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from specmemo_jax.errors import CapacityError
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from specmemo_jax.serve.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from specmemo_jax.testing import tiny_llama
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"

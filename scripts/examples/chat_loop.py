@@ -11,7 +11,7 @@ so a turn reads only what is new. `specmemo chat` is this with more commands.
 import argparse
 
 from specmemo_jax import LLM, SamplingParams
-from specmemo_jax.chat import ChatSession, ChatStream
+from specmemo_jax.chat.session import ChatSession, ChatStream
 from specmemo_jax.errors import SpecMemoError
 
 

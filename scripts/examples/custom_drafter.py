@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from specmemo_jax import LLM, SamplingParams
 from specmemo_jax.draft import Drafter
-from specmemo_jax.speculate.tree import NO_TOKEN, Tree
+from specmemo_jax.draft.tree import NO_TOKEN, Tree
 
 
 @dataclasses.dataclass(frozen=True)

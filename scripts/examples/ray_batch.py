@@ -6,7 +6,7 @@ python scripts/examples/ray_batch.py requests.jsonl answers --workers 2
 
 import argparse
 
-from specmemo_jax.ray_data import Answers
+from specmemo_jax.integrations.ray_data import Answers
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,7 +9,7 @@ import argparse
 import itertools
 
 from specmemo_jax import LLM, SamplingParams
-from specmemo_jax.serve import TextStream
+from specmemo_jax.serve.serve import TextStream
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from specmemo_jax.errors import RequestError
-from specmemo_jax.prompts import check_messages, check_prompt
-from specmemo_jax.sampling_params import SamplingParams
+from specmemo_jax.files.prompts import check_messages, check_prompt
+from specmemo_jax.serve.params import SamplingParams
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _BOM = b"\xef\xbb\xbf"

@@ -10,7 +10,7 @@ from typing import Any
 
 from specmemo_jax.batch.lines import CHAT, Line, LineError, line_key
 from specmemo_jax.errors import RequestError
-from specmemo_jax.outputs import RequestOutput
+from specmemo_jax.serve.outputs import RequestOutput
 
 _PREFIX = "batch_req_"
 

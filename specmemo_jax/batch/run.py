@@ -4,22 +4,21 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from specmemo_jax.batch.lines import Line, LineError, read_lines
 from specmemo_jax.batch.results import answer_row, drop_errors, error_row, fingerprint, rows_done
+from specmemo_jax.checkpoints.tokenizer import Tokenizer
 from specmemo_jax.errors import CapacityError, RequestError
-from specmemo_jax.outputs import RequestOutput
-from specmemo_jax.sampling_params import SamplingParams
-from specmemo_jax.serve import Job
-from specmemo_jax.sink import OutputError, Sink
-from specmemo_jax.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from specmemo_jax.llm import LLM
+from specmemo_jax.files.rows import OutputError, Sink
+from specmemo_jax.llama.config import LlamaConfig
+from specmemo_jax.memory.plan import MemoryPlan
+from specmemo_jax.serve.outputs import RequestOutput
+from specmemo_jax.serve.params import SamplingParams
+from specmemo_jax.serve.serve import Job
 
 SAMPLED = 1000  # lines that rows are laid out for
 AHEAD = 64  # jobs a row of the engine that wait, so that what they need is compiled together
@@ -60,8 +59,34 @@ class BatchSummary:
 Progress = Callable[[BatchSummary], None]
 
 
+class FrontDoor(Protocol):
+    """What a batch asks of `specmemo_jax.LLM`."""
+
+    name: str
+    config: LlamaConfig
+    plan: MemoryPlan
+
+    def need_tokenizer(self, what: str = ...) -> Tokenizer:
+        """The tokenizer, or a RequestError."""
+        ...
+
+    def prompt_ids(self, prompt: str, place: int) -> list[int]:
+        """A text's ids."""
+        ...
+
+    def job(self, prompt: str | Sequence[int], params: SamplingParams, place: int) -> Job:
+        """A request, checked."""
+        ...
+
+    def run_jobs(
+        self, jobs: Iterable[Job], burst: int = ..., ahead: int | None = ...
+    ) -> Generator[Job, None, None]:
+        """The jobs, each whenever it has grown."""
+        ...
+
+
 def run_batch(
-    llm: "LLM",
+    llm: FrontDoor,
     requests: str | Path,
     results: str | Path,
     *,
@@ -145,7 +170,7 @@ class _Run:
 
     def __init__(
         self,
-        llm: "LLM",
+        llm: FrontDoor,
         model: str,
         settings: str,
         seed: int,
@@ -194,7 +219,7 @@ class _Run:
             place += 1
 
 
-def job_of(llm: "LLM", line: Line, seed: int, key: str | None = None) -> Job:
+def job_of(llm: FrontDoor, line: Line, seed: int, key: str | None = None) -> Job:
     """What the engine takes for a line. One without a seed gets its own, of ``seed`` and its ``key`` (the
     line's, if None): by the line and not by its turn, so that a run that was resumed says the same.
 

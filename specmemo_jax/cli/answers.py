@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 from specmemo_jax.errors import RequestError
+from specmemo_jax.files.prompts import PromptRecord
 from specmemo_jax.llm import LLM
-from specmemo_jax.outputs import RequestOutput
-from specmemo_jax.prompts import PromptRecord
-from specmemo_jax.sampling_params import SamplingParams
+from specmemo_jax.serve.outputs import RequestOutput
+from specmemo_jax.serve.params import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)

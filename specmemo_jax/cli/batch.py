@@ -83,9 +83,9 @@ def batch(
     row with its error. A run that was killed goes on with --resume.
     """
     from specmemo_jax.batch import request_tokens
+    from specmemo_jax.checkpoints.open import open_model
     from specmemo_jax.llm import LLM
-    from specmemo_jax.loading import open_model
-    from specmemo_jax.sampling_params import SamplingParams
+    from specmemo_jax.serve.params import SamplingParams
 
     rows = row_count("--max-batch", max_batch)
     defaults = SamplingParams(temperature=temperature or 0.0, top_p=top_p, max_tokens=max_tokens)

@@ -85,9 +85,9 @@ def calibrate(
 
     from tqdm import tqdm
 
-    from specmemo_jax import calibrate as work
-    from specmemo_jax.compilation import enable_compilation_cache
-    from specmemo_jax.outlook import outlook
+    from specmemo_jax.devices.compiler import enable_compilation_cache
+    from specmemo_jax.measure import run as work
+    from specmemo_jax.planning.expected import outlook
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

@@ -47,15 +47,15 @@ def chat(
     }
 
     from specmemo_jax.cli.sampling import turn_params
-    from specmemo_jax.prompts import PromptRecord
+    from specmemo_jax.files.prompts import PromptRecord
 
     ((params,),) = turn_params([PromptRecord(id=1, place="chat")], sampling)
 
-    from specmemo_jax.chat import ChatSession
-    from specmemo_jax.chat_file import read_chat
+    from specmemo_jax.chat.file import read_chat
+    from specmemo_jax.chat.session import ChatSession
     from specmemo_jax.cli.chat_repl import Repl, show_loaded
+    from specmemo_jax.files.byte_size import parse_bytes
     from specmemo_jax.llm import LLM
-    from specmemo_jax.memory.budget import parse_bytes
 
     saved = None if load is None else read_chat(load)
     with LLM(

@@ -9,15 +9,15 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from specmemo_jax.chat import ChatSession, ChatStream
-from specmemo_jax.chat_stats import ChatStats
+from specmemo_jax.chat.session import ChatSession, ChatStream
+from specmemo_jax.chat.stats import ChatStats
 from specmemo_jax.cli.chat_input import Reader, Said
 from specmemo_jax.cli.failures import describe
 from specmemo_jax.cli.streaming import _stripped
 from specmemo_jax.errors import RequestError, SpecMemoError
-from specmemo_jax.outputs import RequestOutput
-from specmemo_jax.sampling_params import SamplingParams
-from specmemo_jax.sink import Sink
+from specmemo_jax.files.rows import Sink
+from specmemo_jax.serve.outputs import RequestOutput
+from specmemo_jax.serve.params import SamplingParams
 
 HELP = '''\
 /help          this list

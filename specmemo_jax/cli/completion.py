@@ -26,7 +26,7 @@ def complete_pull(incomplete: str) -> list[tuple[str, str]]:
 
 
 def _zoo() -> Iterator[tuple[str, str]]:
-    from specmemo_jax.weights import zoo_names
+    from specmemo_jax.checkpoints import zoo_names
 
     return ((entry.name, entry.summary) for entry in zoo_names() if not entry.config_only)
 

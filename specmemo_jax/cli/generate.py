@@ -8,7 +8,7 @@ import typer
 
 from specmemo_jax.cli import options
 from specmemo_jax.cli.inputs import gather
-from specmemo_jax.sink import Sink
+from specmemo_jax.files.rows import Sink
 
 EPILOG = """Examples:
 

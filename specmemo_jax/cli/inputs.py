@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 import typer
 
-from specmemo_jax.prompts import STDIN, PromptRecord, prompts_from_files, prompts_from_texts, read_prompts
+from specmemo_jax.files.prompts import (
+    STDIN,
+    PromptRecord,
+    prompts_from_files,
+    prompts_from_texts,
+    read_prompts,
+)
 
 EXAMPLE = 'specmemo generate "Why is the sky blue?", or: cat question.txt | specmemo generate'
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from specmemo_jax.checkpoints import ZooEntry, open_checkpoint, zoo_names
 from specmemo_jax.errors import ConfigError, SpecMemoError
-from specmemo_jax.weights import ZooEntry, open_checkpoint, zoo_names
 
 State = Literal["here", "not pulled", "config only", "unusable"]
 

@@ -22,7 +22,7 @@ def pull(
 
     A broken download is resumed, and what is there already is kept.
     """
-    from specmemo_jax.weights import pull as fetch
+    from specmemo_jax.checkpoints import pull as fetch
 
     print(fetch(name, verify=verify))
 

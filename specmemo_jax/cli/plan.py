@@ -13,8 +13,8 @@ from specmemo_jax.cli import options
 from specmemo_jax.cli.counts import count, row_count
 from specmemo_jax.cli.failures import describe
 from specmemo_jax.cli.help import GroupedHelp
+from specmemo_jax.devices.quiet import quiet_plugins
 from specmemo_jax.errors import ConfigError, SpecMemoError
-from specmemo_jax.memory.quiet import quiet_plugins
 
 if TYPE_CHECKING:
     from specmemo_jax.memory.plan import MemoryPlan
@@ -85,8 +85,9 @@ def plan(
         if measured is not None and frontier is None:
             raise ConfigError("--measured is shown in a frontier; --frontier FILE.png, .svg or .csv works")
         with quiet_plugins():
-            from specmemo_jax import plan_frontier, plan_view
-            from specmemo_jax.planning import planning_for
+            from specmemo_jax.planning import frontier as plan_frontier
+            from specmemo_jax.planning import view as plan_view
+            from specmemo_jax.planning.request import planning_for
 
             if frontier is not None:
                 plan_frontier.check_frontier_file(Path(frontier))
@@ -118,8 +119,8 @@ def _prove(found: "MemoryPlan") -> "MemoryPlan":
     with quiet_plugins():
         import jax
 
-        from specmemo_jax.memory.probe import backend_started
-        from specmemo_jax.proving import place_for, prove
+        from specmemo_jax.devices.probe import backend_started
+        from specmemo_jax.planning.prove import place_for, prove
 
         if found.shards > 1 and not backend_started():
             jax.config.update("jax_num_cpu_devices", found.shards)

@@ -3,8 +3,8 @@
 from typing import Any
 
 from specmemo_jax.cli.answers import Answer
-from specmemo_jax.outputs import RequestOutput
-from specmemo_jax.prompts import PromptRecord
+from specmemo_jax.files.prompts import PromptRecord
+from specmemo_jax.serve.outputs import RequestOutput
 
 
 def row(answer: Answer) -> dict[str, Any]:

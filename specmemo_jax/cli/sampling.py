@@ -8,8 +8,8 @@ from typing import Any
 import typer
 
 from specmemo_jax.errors import RequestError
-from specmemo_jax.prompts import PromptRecord
-from specmemo_jax.sampling_params import SamplingParams
+from specmemo_jax.files.prompts import PromptRecord
+from specmemo_jax.serve.params import SamplingParams
 
 TurnParams = tuple[SamplingParams, ...]
 _ONLY_SAMPLED = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": None}

@@ -6,9 +6,9 @@ from contextlib import closing
 from specmemo_jax.cli.answers import begin
 from specmemo_jax.cli.rows import figures, heading
 from specmemo_jax.cli.sampling import TurnParams
+from specmemo_jax.files.prompts import PromptRecord
+from specmemo_jax.files.rows import Sink
 from specmemo_jax.llm import LLM
-from specmemo_jax.prompts import PromptRecord
-from specmemo_jax.sink import Sink
 
 
 def stream_answers(

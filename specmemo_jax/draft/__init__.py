@@ -4,10 +4,11 @@ import re
 from pathlib import Path
 from typing import TypeGuard
 
-from specmemo_jax.draft.lookahead import Shape
-from specmemo_jax.draft.model import DraftModel, SelfDrafter
+from specmemo_jax.draft.beam import Shape
+from specmemo_jax.draft.draft_model import DraftModel
 from specmemo_jax.draft.ngram import NgramDrafter
 from specmemo_jax.draft.protocol import Drafter, View
+from specmemo_jax.draft.self_draft import SelfDrafter
 from specmemo_jax.errors import ConfigError
 
 __all__ = ["DraftModel", "Drafter", "NgramDrafter", "SelfDrafter", "Shape", "View", "make_drafter"]

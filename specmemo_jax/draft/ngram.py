@@ -17,11 +17,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from specmemo_jax.draft.protocol import Drafter, View
+from specmemo_jax.draft.tree import NO_TOKEN, Tree
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.kv import Groups, Leaf
-from specmemo_jax.memory.activations import FULL, Live, Pass, array
 from specmemo_jax.memory.buffers import Buffer
-from specmemo_jax.speculate.tree import NO_TOKEN, Tree
+from specmemo_jax.memory.passes import FULL, Live, Pass, array
 
 LEARNING_RATE = 0.125  # what the last match counts; a power of 2, so that hosts and devices round alike
 
@@ -184,6 +184,17 @@ class NgramDrafter(Drafter):
         starts: Int[Array, " R"],
         counts: Int[Array, " R"],
     ) -> NgramState:
+        """`record`: the target is not looked at."""
+        return self.record(state, rows, tokens, starts, counts)
+
+    def record(
+        self,
+        state: NgramState,
+        rows: Int[Array, " R"],
+        tokens: Int[Array, "R C"],
+        starts: Int[Array, " R"],
+        counts: Int[Array, " R"],
+    ) -> NgramState:
         """Write the tokens where they stand; the rest of the chunk is dropped. A row that starts anew, or is
         told what comes before its last guess (a chat that took a turn back), is trusted as at first.
         """
@@ -200,6 +211,12 @@ class NgramDrafter(Drafter):
 
     def propose(
         self, view: View, state: NgramState, pending: Int[Array, " B"], lengths: Int[Array, " B"]
+    ) -> tuple[Tree, NgramState]:
+        """`look_up`: the target is not looked at."""
+        return self.look_up(state, pending, lengths)
+
+    def look_up(
+        self, state: NgramState, pending: Int[Array, " B"], lengths: Int[Array, " B"]
     ) -> tuple[Tree, NgramState]:
         """Continuations of the longest, then latest, earlier occurrences of the row's last tokens."""
         B, S = state.history.shape

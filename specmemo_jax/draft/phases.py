@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from specmemo_jax.draft.lookahead import Shape
-from specmemo_jax.memory.activations import FULL, Live, Pass, array, attention, head, projections
+from specmemo_jax.draft.beam import Shape
+from specmemo_jax.memory.passes import FULL, Live, Pass, array, attention, head, projections
 
 
 def lookahead_phases(draft: Pass, unread: int, shape: Shape) -> tuple[Live, ...]:

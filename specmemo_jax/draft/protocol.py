@@ -7,14 +7,14 @@ from typing import Any
 import jax
 from jaxtyping import Array, Int
 
+from specmemo_jax.draft.tree import Tree
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.kv import Caches, Groups, RowAt
 from specmemo_jax.llama.model import Llama
 from specmemo_jax.llama.packing import Target
-from specmemo_jax.memory.activations import Live, Pass
 from specmemo_jax.memory.buffers import Buffer, Work
-from specmemo_jax.speculate.tree import Tree
+from specmemo_jax.memory.passes import Live, Pass
 
 State = Any  # a pytree of device arrays that lead with the batch axis, the drafter's own
 

@@ -2,7 +2,7 @@
 
 The new nodes' keys and values are not in the cache yet: the cache is only read, and
 the softmax runs over both parts at once. Rejected branches are therefore never written
-anywhere (`specmemo_jax.speculate.step` commits the accepted path through `kv.write`).
+anywhere (`specmemo_jax.decode.step` commits the accepted path through `kv.write`).
 """
 
 import jax

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from specmemo_jax.devices.table import Device
 from specmemo_jax.errors import WeightsError
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.model import Llama
-from specmemo_jax.memory.devices import Device
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _FUSED_INTO = {part: whole for whole, parts in FUSED.items() for part in parts}

@@ -10,8 +10,10 @@ import math
 
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.kv import Groups
-from specmemo_jax.memory.activations import (
+from specmemo_jax.memory.buffers import Buffer, cache_buffer
+from specmemo_jax.memory.passes import (
     FULL,
+    DraftCost,
     Live,
     Pass,
     array,
@@ -21,7 +23,6 @@ from specmemo_jax.memory.activations import (
     kept,
     projections,
 )
-from specmemo_jax.memory.buffers import Buffer, DraftCost, cache_buffer
 
 WEIGHTS = "target weights"
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -268,7 +269,7 @@ def state(config: LlamaConfig, dtype: str, groups: Groups, shards: int) -> tuple
 
 
 def row_bytes() -> int:
-    """What `specmemo_jax.speculate.rows.Rows` holds a row, beside the seen tokens."""
+    """What `specmemo_jax.decode.rows.Rows` holds a row, beside the seen tokens."""
     words, longest = MAX_BAD_WORDS
     own = 4 + 4 + 1  # lengths, pending, done
     limits = 4 + 4 * MAX_STOP_IDS  # left, stop_ids
@@ -283,7 +284,7 @@ def emitted(batch: int, depth: int) -> Buffer:
 
 
 def emitted_shape(batch: int, depth: int) -> tuple[int, int, int]:
-    """Of what the last steps said (`specmemo_jax.speculate.emitted`), ``depth`` the deepest tree's."""
+    """Of what the last steps said (`specmemo_jax.decode.emitted`), ``depth`` the deepest tree's."""
     return BURST, batch, depth + 2
 
 

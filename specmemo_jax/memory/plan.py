@@ -1,6 +1,6 @@
 """MemoryPlan: every static shape of the engine, and every buffer with its bytes before it exists.
 
-`lay_out` prices one choice of shapes; `specmemo_jax.memory.planner` searches among them. The words are
+`lay_out` prices one choice of shapes; `specmemo_jax.planning.search` searches among them. The words are
 those of docs/memory-model.md.
 """
 
@@ -9,12 +9,12 @@ import math
 
 import jax.numpy as jnp
 
+from specmemo_jax.devices.compiled import Proof
+from specmemo_jax.devices.table import DeviceSpec
 from specmemo_jax.errors import CapacityError, ConfigError
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.kv import Groups
-from specmemo_jax.memory.buffers import Buffer, DraftCost
-from specmemo_jax.memory.compiled import Proof
-from specmemo_jax.memory.devices import DeviceSpec
+from specmemo_jax.memory.buffers import Buffer
 from specmemo_jax.memory.footprint import (
     MAX_BAD_WORDS,
     MAX_STOP_IDS,
@@ -22,6 +22,7 @@ from specmemo_jax.memory.footprint import (
     ProgramFootprint,
     footprint,
 )
+from specmemo_jax.memory.passes import DraftCost
 from specmemo_jax.memory.workload import SLOTS, Workload
 
 PREFILL_CHUNKS = (128, 32)
@@ -66,10 +67,10 @@ class MemoryPlan:
     ``capacities``: the cache slots S a row can have; on CPU the cache grows through
     them, elsewhere there is one. ``groups``: rows and their contexts, rising to ``context``, where not all
     rows have the same; such rows' slots are fewer (`groups_at`).
-    ``scoring``: the plan holds while given tokens are scored (`specmemo_jax.speculate.score`), too.
+    ``scoring``: the plan holds while given tokens are scored (`specmemo_jax.decode.score`), too.
     ``chunks``: prefill widths C, largest first.
     ``tree_nodes``: T, 1 without a drafter. ``rungs``: trees to move between, rising from 1 (plain
-    decoding) to T. ``score_nodes``, ``logit_nodes``: see `specmemo_jax.speculate.step.Layout`.
+    decoding) to T. ``score_nodes``, ``logit_nodes``: see `specmemo_jax.decode.step.Layout`.
     ``footprint`` holds at the largest capacity, in bytes a device of ``shards``.
     """
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from specmemo_jax.batch.lines import CHAT, COMPLETIONS, Line, parse_line, read_lines
 from specmemo_jax.errors import RequestError
-from specmemo_jax.sampling_params import SamplingParams
+from specmemo_jax.serve.params import SamplingParams
 
 NAMES = frozenset(("small",))
 DEFAULTS = SamplingParams(temperature=0, max_tokens=7)

@@ -13,7 +13,7 @@ import pytest
 from specmemo_jax import LLM, SamplingParams
 from specmemo_jax.batch import run as batch_run
 from specmemo_jax.errors import RequestError
-from specmemo_jax.sink import OutputError
+from specmemo_jax.files.rows import OutputError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
 LINES = [

@@ -14,14 +14,14 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from specmemo_jax.chat import ChatSession
+from specmemo_jax.chat.session import ChatSession
 from specmemo_jax.cli import chat_repl
 from specmemo_jax.cli.chat_input import Reader
 from specmemo_jax.cli.chat_repl import Repl
 from specmemo_jax.cli.main import app
 from specmemo_jax.errors import RequestError
 from specmemo_jax.llm import LLM
-from specmemo_jax.sampling_params import SamplingParams
+from specmemo_jax.serve.params import SamplingParams
 
 FIGURES = re.compile(
     r"\[\d+ tokens( \([^)]*\))?, [\d.]+ tokens/s, [\d.]+ a step; "

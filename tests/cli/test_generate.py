@@ -345,7 +345,7 @@ def test_damaged_models_are_refused_by_file_and_tensor(broken_model, damage, mes
 def test_answers_before_an_interruption_stay(tiny_model, tmp_path, monkeypatch):
     output = tmp_path / "out.jsonl"
     file = jsonl(tmp_path / "q.jsonl", {"prompt": "a"}, {"prompt": "b"})
-    from specmemo_jax.speculate.engine import Engine
+    from specmemo_jax.engine.engine import Engine
 
     admit = Engine.admit
 

@@ -2,8 +2,8 @@ import json
 
 from typer.testing import CliRunner
 
+from specmemo_jax.checkpoints import zoo_entry
 from specmemo_jax.cli.main import app
-from specmemo_jax.weights import zoo_entry
 
 DEFAULT = "smollm2-135m-instruct"
 

@@ -159,7 +159,7 @@ def test_no_backend_is_started_for_a_plan():
         "from specmemo_jax.cli import plan\n"
         "assert 'jax' not in __import__('sys').modules\n"
         "plan.plan('llama-2-7b-chat', device='titan-rtx')\n"
-        "from specmemo_jax.memory.probe import backend_started\n"
+        "from specmemo_jax.devices.probe import backend_started\n"
         "assert not backend_started()\n"
     )
     script = script.replace("device='titan-rtx'", "device='titan-rtx', memory_budget='20GiB'")

@@ -3,7 +3,7 @@ import typer
 
 from specmemo_jax.cli.sampling import turn_params
 from specmemo_jax.errors import RequestError
-from specmemo_jax.prompts import PromptRecord
+from specmemo_jax.files.prompts import PromptRecord
 
 OPTIONS = {
     "temperature": 0.8,

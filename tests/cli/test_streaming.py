@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from specmemo_jax.cli.main import app
 from specmemo_jax.cli.streaming import _stripped
-from specmemo_jax.sink import Sink
+from specmemo_jax.files.rows import Sink
 
 
 def run(model, *arguments):

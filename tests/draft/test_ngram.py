@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from specmemo_jax.draft import NgramDrafter, View, make_drafter
 from specmemo_jax.draft.ngram import chain
+from specmemo_jax.draft.tree import NO_TOKEN
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.kv import Groups
 from specmemo_jax.llama.model import Llama
-from specmemo_jax.speculate.tree import NO_TOKEN
 from specmemo_jax.testing import TINY
 
 S = 24

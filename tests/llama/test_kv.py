@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specmemo_jax.devices.compiled import compiled_memory
 from specmemo_jax.llama import kv
-from specmemo_jax.memory.compiled import compiled_memory
 
 write = jax.jit(kv.write, static_argnames="platform")
 

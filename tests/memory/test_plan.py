@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specmemo_jax.devices.compiled import compiled_memory
+from specmemo_jax.devices.table import find_device
 from specmemo_jax.draft import DraftModel, NgramDrafter, SelfDrafter, Shape
+from specmemo_jax.engine.engine import Engine
+from specmemo_jax.engine.programs import state_shardings
 from specmemo_jax.errors import CapacityError, ConfigError
+from specmemo_jax.files.byte_size import parse_bytes
 from specmemo_jax.llama.packing import pack
-from specmemo_jax.memory.budget import parse_bytes
-from specmemo_jax.memory.compiled import compiled_memory
-from specmemo_jax.memory.devices import find_device
 from specmemo_jax.memory.plan import lay_out, make_plan
-from specmemo_jax.proving import place_for, programs_for
-from specmemo_jax.speculate.engine import Engine
-from specmemo_jax.speculate.programs import state_shardings
+from specmemo_jax.planning.prove import place_for, programs_for
 from specmemo_jax.testing import TINY, tiny_llama
 
 F32 = jnp.dtype("float32")

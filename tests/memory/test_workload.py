@@ -7,14 +7,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from specmemo_jax.devices.table import find_device
 from specmemo_jax.draft import NgramDrafter
 from specmemo_jax.errors import BudgetError
-from specmemo_jax.memory.devices import find_device
 from specmemo_jax.memory.plan import lay_out
-from specmemo_jax.memory.planner import BATCHES, Option, Task, search
-from specmemo_jax.memory.profile import Outlook
-from specmemo_jax.memory.speed import roofline
 from specmemo_jax.memory.workload import MOST_GROUPS, NARROWEST, STEP_ROOM, WORTH, Workload, groups_for
+from specmemo_jax.planning.profile import Outlook
+from specmemo_jax.planning.search import BATCHES, Option, Task, search
+from specmemo_jax.planning.speed import roofline
 from specmemo_jax.testing import TINY
 
 LONG = dataclasses.replace(TINY, max_context=2048)

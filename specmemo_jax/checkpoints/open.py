@@ -1,0 +1,43 @@
+"""From what a user names to a model whose weights can be read, with its tokenizer."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from specmemo_jax.checkpoints import GenerationDefaults, generation_defaults, open_checkpoint, resolve
+from specmemo_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
+from specmemo_jax.errors import ConfigError
+from specmemo_jax.llama.config import LlamaConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model whose weights can be read: ``tensors()`` streams the canonical ones.
+
+    ``tokenizer`` is None where there is none, and ``no_tokenizer`` says why.
+    """
+
+    name: str
+    config: LlamaConfig
+    tensors: Callable[[], Iterable[tuple[str, Any]]]
+    generation_defaults: GenerationDefaults
+    tokenizer: Tokenizer | None
+    no_tokenizer: str = ""
+
+
+def open_model(model: str | Path | LlamaConfig, params: Mapping[str, Any] | None = None) -> Opened:
+    """A zoo name, folder, file or hub id, or a config with its ``params``. Raises as `LLM` does."""
+    if isinstance(model, LlamaConfig):
+        if params is None:
+            raise ConfigError("LLM(config) needs params: a mapping of canonical tensor names to arrays")
+        reason = "weights given as arrays come without a tokenizer"
+        defaults = GenerationDefaults(model.eos_token_ids)
+        return Opened("params", model, params.items, defaults, None, reason)
+    if params is not None:
+        raise ConfigError("params go with a LlamaConfig; a name or path brings its own weights")
+    found = resolve(model)
+    checkpoint = open_checkpoint(found.path)
+    tokenizer, reason = load_tokenizer(found.path, found.tokenizer_recipe)
+    defaults = generation_defaults(found.settings_folder, checkpoint.config)
+    return Opened(found.name, checkpoint.config, checkpoint.tensors, defaults, tokenizer, reason)

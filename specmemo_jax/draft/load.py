@@ -1,0 +1,57 @@
+"""A draft model by name, checked against the target it is for."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from specmemo_jax.checkpoints.open import Opened, open_model
+from specmemo_jax.devices.table import Device
+from specmemo_jax.draft.beam import Shape
+from specmemo_jax.draft.draft_model import DraftModel
+from specmemo_jax.errors import ConfigError, ModelNotFoundError
+from specmemo_jax.llama.config import LlamaConfig
+from specmemo_jax.llama.packing import pack
+
+
+def open_draft_model(
+    model: str | Path | LlamaConfig,
+    target: Opened,
+    shape: Shape,
+    dtype: jnp.dtype,
+    device: Device | None = None,
+    params: Mapping[str, Any] | None = None,
+) -> DraftModel:
+    """A draft model for ``target``; its weights are read when the engine asks for them.
+
+    Raises ConfigError for another vocabulary, with the first difference.
+    """
+    try:
+        draft = open_model(model, params)
+    except ModelNotFoundError as error:
+        raise ConfigError(
+            f"drafter {str(model)!r} is not auto, ngram, self:K or none, and {error}"
+        ) from error
+    _check_vocabulary(draft, target)
+    return DraftModel(
+        config=draft.config,
+        load=lambda: pack(draft.config, draft.tensors(), dtype, device),
+        shape=shape,
+        dtype=jnp.dtype(dtype).name,
+        vocab_size=target.config.vocab_size,
+        name=f"draft model {draft.name}",
+    )
+
+
+def _check_vocabulary(draft: Opened, target: Opened) -> None:
+    wanted = "a draft with the target's own vocabulary, ngram or self:K would work"
+    if draft.tokenizer is not None and target.tokenizer is not None:
+        difference = target.tokenizer.first_difference(draft.tokenizer)
+        if difference is not None:
+            raise ConfigError(f"{draft.name} cannot draft for {target.name}: {difference}; {wanted}")
+    elif draft.config.vocab_size != target.config.vocab_size:
+        raise ConfigError(
+            f"{draft.name} cannot draft for {target.name}: its vocabulary has {draft.config.vocab_size} ids, "
+            f"the target's {target.config.vocab_size}; {wanted}"
+        )

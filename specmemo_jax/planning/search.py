@@ -1,0 +1,304 @@
+"""The search: the most expected tokens a second under a budget, and the bounds of memory that follow from it.
+
+Candidates are few hundreds: every drafter and tree offered (none included), prefill chunk, and how many
+nodes' scores and logits exist at once. Each is priced by the theory alone.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from specmemo_jax.devices.table import DeviceSpec
+from specmemo_jax.errors import BudgetError, CapacityError
+from specmemo_jax.llama.config import LlamaConfig
+from specmemo_jax.memory.buffers import Work
+from specmemo_jax.memory.passes import DraftCost
+from specmemo_jax.memory.plan import Bounds, Expected, MemoryPlan, lay_out
+from specmemo_jax.memory.workload import SLOTS, Workload, groups_for
+from specmemo_jax.planning.profile import Outlook
+from specmemo_jax.planning.speed import SpeedModel, tokens_per_second
+
+BATCHES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)  # to choose a batch among
+FASTER = 1.02  # by which more rows must pay
+KEPT = 0.96  # of the best throughput, at the lower bound
+CHUNKS = ((256, 64), (128, 32), (64, 32), (32,))
+SCORE_NODES = (None, 32)
+LOGIT_NODES = (None, 8)
+PLAIN = Outlook(1.0, ((1, 1.0),), "plain decoding")
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A drafter that may be chosen, None for plain decoding, and what a step of it is expected to bring."""
+
+    drafter: DraftCost | None = None
+    outlook: Outlook = PLAIN
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a plan is asked for, beside budget and drafters: bytes and times are a device's of ``shards``."""
+
+    config: LlamaConfig
+    dtype: str
+    device: DeviceSpec
+    workload: Workload
+    shards: int = 1
+    policy: str = "plan"
+    kv_dtype: str | None = None  # None: as ``dtype``
+    cache_source: str = ""  # what is known of the effect of a lossy one
+    scoring: bool = False  # given tokens are scored, too
+
+    @property
+    def platform(self) -> str:
+        """As JAX spells it: CUDA and ROCm are both ``"gpu"``."""
+        return "cpu" if self.device.platform == "cpu" else "gpu"
+
+    @property
+    def context(self) -> int:
+        """The one asked for, or the least that holds the workload."""
+        return self.workload.context or self.workload.tokens
+
+
+def candidates(task: Task, options: Sequence[Option], speed: SpeedModel) -> list[MemoryPlan]:
+    """Every plan worth considering for the task's least context, each with what is expected of it."""
+    if task.workload.context is None and task.context > task.config.max_context:
+        raise CapacityError(
+            f"{task.workload.prompt_tokens} prompt tokens and {task.workload.new_tokens} new ones: "
+            f"the model's context holds {task.config.max_context}; fewer tokens would work"
+        )
+    some = slice(None) if task.policy == "plan" else slice(1)
+    plans = [
+        (option, _lay_out(task, option, task.context, chunk, scores, logits))
+        for option, chunk, scores, logits in itertools.product(
+            options, CHUNKS[some], SCORE_NODES[some], LOGIT_NODES[some]
+        )
+        if logits is None or _nodes(option) > logits
+    ]
+    speeds = [_speed(plan, option, task, speed) for option, plan in plans]
+    alone = Option()
+    plain = max(_speed(_lay_out(task, alone, task.context, c), alone, task, speed) for c in CHUNKS[some])
+    return [
+        dataclasses.replace(
+            plan,
+            expected=Expected(
+                tokens_per_second=rate,
+                vanilla_tokens_per_second=plain,
+                accepted_length=option.outlook.accepted_length,
+                speed_source=speed.source,
+                acceptance_source=option.outlook.source,
+                cache_source=task.cache_source,
+            ),
+        )
+        for (option, plan), rate in zip(plans, speeds, strict=True)
+    ]
+
+
+def bounds(plans: Sequence[MemoryPlan], memory: int) -> Bounds:
+    """The bounds that `candidates` of one workload give on a device of ``memory`` bytes."""
+    most = best_within(plans, memory) or best_within(plans, max(plan.peak_bytes for plan in plans))
+    assert most is not None
+    fast = [plan.peak_bytes for plan in plans if _rate(plan) >= KEPT * _rate(most)]
+    drafting = [plan.peak_bytes for plan in plans if plan.drafter is not None]
+    return Bounds(
+        lower_bound=min(fast),
+        least_budget=min(plan.peak_bytes for plan in plans),
+        least_speculative_budget=min(drafting, default=None),
+    )
+
+
+def best_within(plans: Sequence[MemoryPlan], budget: int) -> MemoryPlan | None:
+    """The fastest plan under a budget, of equally fast ones the smallest; None where none fits."""
+    fitting = [plan for plan in plans if plan.peak_bytes <= budget]
+    return min(fitting, key=lambda plan: (-_rate(plan), plan.peak_bytes), default=None)
+
+
+def search(task: Task, options: Sequence[Option], speed: SpeedModel, budget: int | None = None) -> MemoryPlan:
+    """The plan of most expected tokens a second whose peak fits ``budget`` bytes a device (None: its memory).
+
+    A context that was asked for is kept; an open one is the largest that fits, for the drafter and shapes
+    that are best at the least. A batch that was left open is the fastest of `BATCHES` that fits. Raises
+    BudgetError, with the least budget and the nearest plan.
+    """
+    if task.workload.batch is None:
+        return _search_batch(task, options, speed, budget)
+    memory = task.device.memory_bytes
+    plans = candidates(task, options, speed)
+    found = bounds(plans, memory)
+    if budget is not None and budget > memory:
+        raise BudgetError(
+            f"memory_budget {_size(budget)} is more than {task.device.name} has ({_size(memory)}); a budget "
+            f"from {found.least_budget} bytes ({_size(found.least_budget)}) up to that would work",
+            least_budget=found.least_budget,
+            least_speculative_budget=found.least_speculative_budget,
+        )
+    limit = memory if budget is None else budget
+    best = best_within(plans, limit)
+    if best is None:
+        nearest = min(plans, key=lambda plan: plan.peak_bytes)
+        raise _too_small(task, limit, budget is None, dataclasses.replace(nearest, bounds=found))
+    if task.workload.context is None:
+        best = _with_largest_context(best, limit)
+    return dataclasses.replace(best, bounds=found)
+
+
+def _search_batch(task: Task, options: Sequence[Option], speed: SpeedModel, budget: int | None) -> MemoryPlan:
+    """The plan for the batch of most tokens a second in all; more rows only where they are `FASTER`."""
+    best = search(_with_batch(task, 1), options, speed, budget)
+    for batch in BATCHES[1:]:
+        try:
+            found = search(_with_batch(task, batch), options, speed, budget)
+        except BudgetError:
+            break
+        if _rate(found) > FASTER * _rate(best):
+            best = found
+    limit = task.device.memory_bytes if budget is None else budget
+    assert best.bounds is not None
+    return dataclasses.replace(
+        best, bounds=dataclasses.replace(best.bounds, most_rows=_most_rows(task, limit))
+    )
+
+
+def _with_batch(task: Task, batch: int) -> Task:
+    return dataclasses.replace(task, workload=dataclasses.replace(task.workload, batch=batch))
+
+
+def _most_rows(task: Task, limit: int) -> int:
+    """The largest batch that fits ``limit`` bytes with the least context and plain decoding."""
+
+    def fits(batch: int) -> bool:
+        sized, lean = _with_batch(task, batch), CHUNKS[-1]
+        return _lay_out(sized, Option(), task.context, lean, SCORE_NODES[-1]).peak_bytes <= limit
+
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def frontier(plans: Sequence[MemoryPlan]) -> list[MemoryPlan]:
+    """Plans that no smaller one is as fast as, by rising peak."""
+    kept: list[MemoryPlan] = []
+    for plan in sorted(plans, key=lambda plan: (plan.peak_bytes, -_rate(plan))):
+        if not kept or _rate(plan) > _rate(kept[-1]):
+            kept.append(plan)
+    return kept
+
+
+def _nodes(option: Option) -> int:
+    return 1 if option.drafter is None else option.drafter.num_nodes
+
+
+def _lay_out(
+    task: Task,
+    option: Option,
+    context: int,
+    chunks: tuple[int, ...],
+    score_nodes: int | None = None,
+    logit_nodes: int | None = None,
+) -> MemoryPlan:
+    B = task.workload.rows
+    groups = groups_for(task.workload.lengths, B, context) if task.policy == "plan" else ()
+    return lay_out(
+        task.config,
+        dtype=task.dtype,
+        platform=task.platform,
+        batch=B,
+        context=context,
+        drafter=option.drafter,
+        chunks=chunks,
+        score_nodes=score_nodes,
+        logit_nodes=logit_nodes,
+        shards=task.shards,
+        policy=task.policy,
+        device=task.device,
+        workload=task.workload,
+        kv_dtype=task.kv_dtype,
+        groups=groups,
+        scoring=task.scoring,
+    )
+
+
+def _speed(plan: MemoryPlan, option: Option, task: Task, speed: SpeedModel) -> float:
+    """Expected new tokens a second of all rows, prefill counted."""
+    config, dtype, B, shards = task.config, task.dtype, task.workload.rows, task.shards
+    work = task.workload
+    slots = plan.capacity_for(min(work.prompt_tokens + work.new_tokens // 2, plan.context) + plan.slack)
+    step = 0.0
+    for nodes, share in option.outlook.widths_of_batch(B):
+        if share:
+            step += share * speed.step_seconds(config, dtype, B, nodes, slots, shards)
+            step += share * speed.draft_seconds(_rereading(plan, nodes, slots), dtype)
+    if option.drafter is not None:
+        item = jnp.dtype(dtype).itemsize
+        step += speed.draft_seconds(option.drafter.work(config, item, B, slots), dtype)
+    chunk = plan.chunks[0]
+    prefill = speed.prefill_seconds(config, dtype, work.prompt_tokens, chunk, shards)
+    chunks = -(-work.prompt_tokens // chunk)
+    prefill += chunks * speed.draft_seconds(_rereading(plan, chunk, work.prompt_tokens // 2, rows=1), dtype)
+    return tokens_per_second(work, step, option.outlook.accepted_length, B * prefill)
+
+
+def _rereading(plan: MemoryPlan, nodes: int, slots: int, rows: int | None = None) -> Work:
+    """Reading the cache and the head once more for each further part of a pass."""
+    config, item = plan.config, jnp.dtype(plan.dtype).itemsize
+    B = plan.batch if rows is None else rows
+    vector = config.head_dim + 4 if plan.kv_dtype == "int8" else config.head_dim * item  # int8 has a scale
+    cache = 2 * config.num_layers * B * config.num_kv_heads * slots * vector
+    again = 0.0
+    if plan.score_nodes is not None:
+        again += (math.ceil(nodes / plan.score_nodes) - 1) * cache
+    if plan.logit_nodes is not None and rows is None:
+        again += (math.ceil(nodes / plan.logit_nodes) - 1) * config.vocab_size * config.hidden_size * item
+    return Work(bytes=again / plan.shards)
+
+
+def _with_largest_context(plan: MemoryPlan, limit: int) -> MemoryPlan:
+    """The same choice with as much context as fits, in steps of `SLOTS`."""
+
+    def at(context: int) -> MemoryPlan:
+        wider = plan.resized(plan.drafter, plan.batch, context)
+        return dataclasses.replace(wider, workload=plan.workload, expected=plan.expected)
+
+    low, high = plan.context, plan.config.max_context
+    best = plan
+    while low < high:  # the largest context that fits lies in low..high
+        middle = max(low + 1, (low + high + 1) // 2)
+        wider = at(middle)
+        if wider.peak_bytes <= limit:
+            low, best = middle, wider
+        else:
+            high = middle - 1
+    rounded = best.context // SLOTS * SLOTS
+    return at(rounded) if plan.context < rounded < plan.config.max_context else best
+
+
+def _too_small(task: Task, limit: int, whole_device: bool, nearest: MemoryPlan) -> BudgetError:
+    assert nearest.bounds is not None
+    terms = sorted(nearest.terms, key=lambda term: -term.bytes)[:4]
+    largest = ", ".join(f"{term.name} {_size(term.bytes)}" for term in terms)
+    reserve = f", runtime reserve {_size(nearest.reserve_bytes)}" if nearest.reserve_bytes else ""
+    asked = f"{task.device.name} has {_size(limit)}" if whole_device else f"memory_budget {_size(limit)}"
+    least = nearest.bounds.least_budget
+    return BudgetError(
+        f"{asked}, too small for context {nearest.context}, batch {nearest.batch}: {largest}{reserve}. "
+        f"The nearest plan is {nearest.drafter_name} with T={nearest.tree_nodes}, C={nearest.chunks[0]}; "
+        f"{least} bytes ({_size(least)}) would work",
+        least_budget=least,
+        least_speculative_budget=nearest.bounds.least_speculative_budget,
+    )
+
+
+def _rate(plan: MemoryPlan) -> float:
+    assert plan.expected is not None
+    return plan.expected.tokens_per_second
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{math.ceil(size / 2**20)} MiB"

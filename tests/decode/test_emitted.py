@@ -1,0 +1,41 @@
+"""What steps said, from a buffer that is written in turns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specmemo_jax.decode.emitted import init_emitted, note, read
+from specmemo_jax.draft import NgramDrafter
+from specmemo_jax.memory.footprint import BURST
+from specmemo_jax.memory.plan import make_plan
+from specmemo_jax.testing import TINY
+
+PLAN = make_plan(
+    TINY,
+    dtype=jnp.dtype("float32"),
+    platform="cpu",
+    batch=2,
+    context=100,
+    drafter=NgramDrafter(4, branches=1),
+)
+NOTE = jax.jit(note, donate_argnums=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, BURST), min_size=1, max_size=5), st.randoms(use_true_random=False))
+def test_bursts_are_read_in_their_order(bursts, random):
+    emitted = init_emitted(PLAN)
+    for steps in bursts:
+        said = []
+        for _ in range(steps):
+            width = random.choice([1, 4])  # plain decoding's, and the tree's
+            tokens = np.array([[random.randrange(97) for _ in range(width)] for _ in range(2)], np.int32)
+            counts = np.array([random.randint(0, width) for _ in range(2)], np.int32)
+            live = np.array([random.random() < 0.8 for _ in range(2)])
+            emitted = NOTE(emitted, tokens, counts, live)
+            said.append((tokens, counts, live))
+        for row, (tokens, counts, live) in zip(read(emitted, steps), said, strict=True):
+            assert row[:, 0].tolist() == np.where(live, counts, -1).tolist()
+            assert row[:, 1 : 1 + tokens.shape[1]].tolist() == tokens.tolist()
