@@ -23,7 +23,7 @@ from check_device import Result
 
 from specmemo_jax import LLM, RequestOutput, SamplingParams, __version__
 from specmemo_jax.checkpoints import open_checkpoint, resolve
-from specmemo_jax.checkpoints.open import Opened, open_model
+from specmemo_jax.checkpoints.open import OpenModel, open_model
 from specmemo_jax.devices.compiled import compiled_memory
 from specmemo_jax.devices.compiler import enable_compilation_cache
 from specmemo_jax.devices.table import Device, default_dtype
@@ -330,7 +330,7 @@ def _time_answer(engine: Engine, prompt: Sequence[int], tokens: int) -> tuple[fl
 # ---------------------------------------------------------------- what they share
 
 
-def _load(model: str, dtype: str) -> tuple[Opened, Target]:
+def _load(model: str, dtype: str) -> tuple[OpenModel, Target]:
     enable_compilation_cache()
     opened = open_model(model)
     return opened, pack(opened.config, opened.tensors(), jnp.dtype(_dtype(dtype)), jax.devices()[0])
@@ -366,7 +366,7 @@ def _engine(target: Target, drafter: Drafter | None, batch: int, context: int) -
     return Engine(target, drafter, plan)
 
 
-def _prompts(opened: Opened, room: int) -> list[list[int]]:
+def _prompts(opened: OpenModel, room: int) -> list[list[int]]:
     """The quick start's prompts as this model's token ids, the end of each that fits."""
     tokenizer = opened.tokenizer
     texts = [record.text or "" for record in read_prompts(PROMPTS)]

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from specmemo_jax import LLM, LlamaConfig, SamplingParams
 from specmemo_jax.checkpoints import open_checkpoint, resolve
-from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, Shape, make_drafter
+from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, TreeShape, make_drafter
 from specmemo_jax.draft.ngram import chain
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.sequence import Request, RowLog
@@ -58,18 +58,20 @@ def drafters(model: str) -> dict[str, Callable[[], Drafter | None]]:
     for nodes in (4, 8, 16):
         found[f"ngram {nodes}"] = partial(make_drafter, "ngram", nodes)
         found[f"tree {nodes}"] = partial(NgramDrafter, nodes)
-        found[f"self:6, {nodes}"] = partial(SelfDrafter, 6, Shape.of(nodes, *((1,) if nodes < 8 else (3, 4))))
+        found[f"self:6, {nodes}"] = partial(
+            SelfDrafter, 6, TreeShape.of(nodes, *((1,) if nodes < 8 else (3, 4)))
+        )
         found[f"itself, {nodes}"] = partial(
-            _draft_model, model, Shape.of(nodes, *((1,) if nodes < 8 else (3, 4))), False
+            _draft_model, model, TreeShape.of(nodes, *((1,) if nodes < 8 else (3, 4))), False
         )
         found[f"random model, {nodes}"] = partial(
-            _draft_model, model, Shape.of(nodes, 2, -(-nodes // 2)), True
+            _draft_model, model, TreeShape.of(nodes, 2, -(-nodes // 2)), True
         )
     found["chain 8"] = partial(chain, 8)
     return found
 
 
-def _draft_model(model: str, shape: Shape, random: bool) -> DraftModel:
+def _draft_model(model: str, shape: TreeShape, random: bool) -> DraftModel:
     """The target itself as its draft, or a small Llama of random weights with its vocabulary."""
     checkpoint = open_checkpoint(resolve(model).path)
     config, tensors = checkpoint.config, checkpoint.tensors()

@@ -33,14 +33,14 @@ from specmemo_jax import LlamaConfig
 from specmemo_jax.checkpoints.zoo import zoo_config
 from specmemo_jax.devices.compiled import compiled_memory
 from specmemo_jax.devices.table import find_device
-from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, Shape
+from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, TreeShape
 from specmemo_jax.engine.programs import Programs, state_shardings
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.packing import abstract_target
 from specmemo_jax.memory.footprint import ProgramFootprint
 from specmemo_jax.memory.plan import SLOTS, MemoryPlan, lay_out
 from specmemo_jax.mesh.axes import check_shards
-from specmemo_jax.planning.prove import lowerings, place_for, programs_for
+from specmemo_jax.planning.prove import compile_target_for, lowerings, programs_for
 
 TINY = LlamaConfig(
     vocab_size=256, hidden_size=64, ffn_size=128, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=16,
@@ -111,12 +111,12 @@ class Case:
                 return NgramDrafter(T, branches=1)
             case "ngram ladder":
                 ladder = ((4, 2), (T, 4)) if T > 4 else ((T, 2),)
-                return NgramDrafter(T, branches=1, ladder=ladder, least_chance=0.35)
+                return NgramDrafter(T, branches=1, ladder=ladder, min_hit_rate=0.35)
         levels = min(T - 1, 4)
         branches = min(self.branches, T - 1)
         while 1 + branches + (levels - 1) * branches**2 < T:
             branches += 1
-        shape = Shape(T, levels, branches)
+        shape = TreeShape(T, levels, branches)
         if self.drafter == "self":
             return SelfDrafter(1, shape)
         small = LlamaConfig(
@@ -195,7 +195,7 @@ def check(case: Case, platform: str, every_program: bool) -> Compiled:
     began = time.monotonic()
     shown = case.plan(platform, None if case.full else ABRIDGED)
     spec = find_device("cpu" if platform == "cpu" else platform.removeprefix("cuda:"))
-    programs = programs_for(shown, place_for(spec, case.dtype, case.shards))
+    programs = programs_for(shown, compile_target_for(spec, case.dtype, case.shards))
     persistent = persistent_bytes(programs)
     most, hungriest = 0, ""
     # Sampled programs hold all that greedy ones do, and larger trees most often all that smaller ones do.

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from specmemo_jax.devices.compiled import compiled_memory
 from specmemo_jax.errors import BudgetError, CapacityError, ConfigError
 from specmemo_jax.memory.plan import MemoryPlan
-from specmemo_jax.planning.prove import lowerings, place_for, programs_for
+from specmemo_jax.planning.prove import compile_target_for, lowerings, programs_for
 from specmemo_jax.planning.request import Planning, named_config, planning_for
 
 MODELS = ("smollm2-135m-instruct", "llama-3.2-1b-instruct", "tinyllama-1.1b-chat", "llama-2-7b-chat",
@@ -129,7 +129,7 @@ def refusal_errors(planning: Planning, budget: int, refusal: BudgetError) -> lis
 
 def compiled_peak(plan: MemoryPlan, planning: Planning, every_program: bool) -> int:
     """Weights, the platform's reserve, persistent buffers and the most that a compiled program needs."""
-    programs = programs_for(plan, place_for(planning.task.device, planning.task.dtype, plan.shards))
+    programs = programs_for(plan, compile_target_for(planning.task.device, planning.task.dtype, plan.shards))
     by_size = sorted(plan.footprint.programs, key=lambda p: p.bytes, reverse=True)
     named = [f"{p.name}, sampled" for p in by_size if p.name != "growth"]
     extras = [

@@ -29,14 +29,14 @@ from specmemo_jax.memory.footprint import BURST
 from specmemo_jax.memory.plan import MemoryPlan
 from specmemo_jax.planning.request import (
     cache_source,
+    candidates_for,
     drafter_named,
     dtype_for,
     kv_dtype_for,
-    options_for,
     speed_for,
     workload_for,
 )
-from specmemo_jax.planning.search import Task, search
+from specmemo_jax.planning.search import PlanRequest, search
 from specmemo_jax.serve.outputs import RequestOutput
 from specmemo_jax.serve.params import SamplingParams
 from specmemo_jax.serve.serve import Job, TextStream, device_sampling, pad_bad_words, serve
@@ -117,7 +117,7 @@ class LLM:
         workload = workload_for(self.config, batch, max_context, prompt_tokens, new_tokens, request_tokens)
         kv_dtype = kv_dtype_for(kv_cache_dtype)
         cache = cache_source(self.name, kv_dtype)
-        task = Task(self.config, chosen, spec, workload, 1, policy, kv_dtype, cache, scoring)
+        task = PlanRequest(self.config, chosen, spec, workload, 1, policy, kv_dtype, cache, scoring)
         self._own_draft = is_model_name(drafter)
         if is_model_name(drafter):
             shape = default_shape(tree_nodes, task.platform)
@@ -126,7 +126,7 @@ class LLM:
             allowed = drafter_named(drafter, tree_nodes, self.config, task)
         self.plan: MemoryPlan = search(
             task,
-            options_for(allowed, self.name, task, tree_nodes),
+            candidates_for(allowed, self.name, task, tree_nodes),
             speed_for(task, self.name),
             None if memory_budget is None else parse_bytes(memory_budget),
         )

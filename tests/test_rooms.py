@@ -1,4 +1,4 @@
-"""The order of the rooms: a module imports only rooms below its own, wherever in it, and there is no circle."""
+"""The order of the rooms: a module imports only rooms below its own, and there is no circle."""
 
 import ast
 from graphlib import TopologicalSorter

@@ -31,7 +31,7 @@ class BigramTable(Drafter):
         return True
 
     @property
-    def widths(self):
+    def verify_buckets(self):
         return (1, self.num_nodes)  # where no row's token is in the table, a step is plain decoding
 
     def init(self, groups):

@@ -12,7 +12,7 @@ from specmemo_jax.llama.config import LlamaConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
+class OpenModel:
     """A model whose weights can be read: ``tensors()`` streams the canonical ones.
 
     ``tokenizer`` is None where there is none, and ``no_tokenizer`` says why.
@@ -26,18 +26,18 @@ class Opened:
     no_tokenizer: str = ""
 
 
-def open_model(model: str | Path | LlamaConfig, params: Mapping[str, Any] | None = None) -> Opened:
+def open_model(model: str | Path | LlamaConfig, params: Mapping[str, Any] | None = None) -> OpenModel:
     """A zoo name, folder, file or hub id, or a config with its ``params``. Raises as `LLM` does."""
     if isinstance(model, LlamaConfig):
         if params is None:
             raise ConfigError("LLM(config) needs params: a mapping of canonical tensor names to arrays")
         reason = "weights given as arrays come without a tokenizer"
         defaults = GenerationDefaults(model.eos_token_ids)
-        return Opened("params", model, params.items, defaults, None, reason)
+        return OpenModel("params", model, params.items, defaults, None, reason)
     if params is not None:
         raise ConfigError("params go with a LlamaConfig; a name or path brings its own weights")
     found = resolve(model)
     checkpoint = open_checkpoint(found.path)
     tokenizer, reason = load_tokenizer(found.path, found.tokenizer_recipe)
     defaults = generation_defaults(found.settings_folder, checkpoint.config)
-    return Opened(found.name, checkpoint.config, checkpoint.tensors, defaults, tokenizer, reason)
+    return OpenModel(found.name, checkpoint.config, checkpoint.tensors, defaults, tokenizer, reason)

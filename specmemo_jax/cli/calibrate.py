@@ -87,7 +87,7 @@ def calibrate(
 
     from specmemo_jax.devices.compiler import enable_compilation_cache
     from specmemo_jax.measure import run as work
-    from specmemo_jax.planning.expected import outlook
+    from specmemo_jax.planning.expected import expected_acceptance
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -95,9 +95,9 @@ def calibrate(
     enable_compilation_cache()
     if prompts_file is not None:
         work.check_prompts(prompts_file)  # before minutes of measuring
-    subject = work.open_subject(model, dtype.value, drafter, tree_nodes)
+    setup = work.open_setup(model, dtype.value, drafter, tree_nodes)
     if timing and not of_cache:
-        calibration = work.calibrate(subject, progress=say)
+        calibration = work.calibrate(setup, progress=say)
         path = calibration.save()
         print(f"{'batch':>6}{'nodes':>7}{'slots':>7}{'ms a step':>11}")
         for p in calibration.steps:
@@ -112,19 +112,17 @@ def calibrate(
         with tqdm(unit="answer", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
             if of_cache:
                 effect = work.measure_cache(
-                    subject, prompts_file, max_tokens=max_tokens, limit=limit, progress=bar.update
+                    setup, prompts_file, max_tokens=max_tokens, limit=limit, progress=bar.update
                 )
-                path = work.effect_path(subject) if output is None else Path(output)
+                path = work.effect_path(setup) if output is None else Path(output)
                 effect.save(path)
                 print(f"int8 cache: {effect.source}\nkept in {path}")
                 return
-            found = work.profile(
-                subject, prompts_file, max_tokens=max_tokens, limit=limit, progress=bar.update
-            )
-        path = work.profile_path(subject) if output is None else Path(output)
+            found = work.profile(setup, prompts_file, max_tokens=max_tokens, limit=limit, progress=bar.update)
+        path = work.profile_path(setup) if output is None else Path(output)
         found.save(path)
         print(f"{found.source}: a step has a candidate in {found.filled:.0%}")
-        assert subject.drafter is not None
-        length = outlook(found, subject.drafter).accepted_length
-        print(f"{subject.drafter.num_nodes} nodes: {length:.2f} tokens a step")
+        assert setup.drafter is not None
+        length = expected_acceptance(found, setup.drafter).accepted_length
+        print(f"{setup.drafter.num_nodes} nodes: {length:.2f} tokens a step")
         print(f"kept in {path}")

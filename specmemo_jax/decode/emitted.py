@@ -34,7 +34,7 @@ def init_emitted(plan: MemoryPlan) -> Emitted:
     return Emitted(jnp.zeros(emitted_shape(plan.batch, depth), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def note(
+def append(
     emitted: Emitted, tokens: Int[Array, "B P"], counts: Int[Array, " B"], live: Bool[Array, " B"]
 ) -> Emitted:
     """With one step more; a smaller tree's path may be narrower than the log."""
@@ -44,7 +44,7 @@ def note(
     return Emitted(emitted.log.at[emitted.slot].set(said), (emitted.slot + 1) % BURST)
 
 
-def read(emitted: Emitted, steps: int) -> np.ndarray:
+def drain(emitted: Emitted, steps: int) -> np.ndarray:
     """``[steps, B, 1 + P]`` of the last ``steps`` (`BURST` at most), in their order; waits for them."""
     log, slot = jax.device_get((emitted.log, emitted.slot))
     return log[(int(slot) - steps + np.arange(steps)) % BURST]

@@ -58,7 +58,7 @@ def init_rows(plan: MemoryPlan) -> Rows:
     )
 
 
-def cut(accepted: Accepted, rows: Rows) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
+def truncate_at_stop(accepted: Accepted, rows: Rows) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
     """How many of the accepted tokens a row may emit, and whether a stop id ended it.
 
     Nothing after the first stop id, nothing beyond the row's budget, nothing when done.
@@ -74,7 +74,7 @@ def cut(accepted: Accepted, rows: Rows) -> tuple[Int[Array, " B"], Bool[Array, "
 
 def advance(rows: Rows, accepted: Accepted, history: History) -> tuple[Rows, Int[Array, " B"]]:
     """The rows after a step, and how many tokens each emitted."""
-    counts, stopped = cut(accepted, rows)
+    counts, stopped = truncate_at_stop(accepted, rows)
     last = jnp.take_along_axis(accepted.emitted, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
     left = rows.settings.left - counts
     advanced = Rows(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from specmemo_jax.decode.accept import Accepted, accept_greedy, accept_sampled
-from specmemo_jax.decode.emitted import Emitted, note
+from specmemo_jax.decode.emitted import Emitted, append
 from specmemo_jax.decode.rows import Rows, Settings, advance
 from specmemo_jax.decode.sampling import History, choose, remember
 from specmemo_jax.decode.unbounded import choices_by_path, last_of_all_logits
@@ -40,7 +40,7 @@ class EngineState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class Chunking:
     """Which intermediate results exist at once.
 
     ``score_nodes``, ``logit_nodes``: the most nodes whose attention scores, and whose logits, do; None
@@ -58,7 +58,7 @@ class Layout:
 class TreeLimits:
     """What is known of a drafter's trees while a program is traced; the fields are `Drafter`'s."""
 
-    widths: tuple[int, ...] = (1,)
+    verify_buckets: tuple[int, ...] = (1,)
     max_depth: int = 0
     max_leaves: int = 1
     is_chain: bool = True
@@ -68,13 +68,13 @@ class TreeLimits:
         """The drafter's; of none, the root alone."""
         if drafter is None:
             return cls()
-        return cls(drafter.widths, drafter.max_depth, drafter.max_leaves, drafter.is_chain)
+        return cls(drafter.verify_buckets, drafter.max_depth, drafter.max_leaves, drafter.is_chain)
 
 
 def prefill_chunk(
     target: Target,
     drafter: Drafter | None,
-    layout: Layout,
+    layout: Chunking,
     sampled: bool,
     group: int,
     leaves: tuple[Array, ...],
@@ -115,7 +115,7 @@ def prefill_chunk(
     else:
         last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)
         scores = logits(model, last, target.platform)[:, 0]
-    history = _read(state.rows.history, tokens, start, count, row)
+    history = _mark_seen(state.rows.history, tokens, start, count, row)
     if sampled:
         settings_row = jax.tree.map(lambda x: x[None], settings)
         mine = jax.tree.map(lambda x: x[row][None], history)
@@ -142,7 +142,7 @@ def prefill_chunk(
     return EngineState(caches, advanced, draft, state.emitted), first
 
 
-def _read(
+def _mark_seen(
     history: History,
     tokens: Int[Array, "1 C"],
     start: Int[Array, ""],
@@ -159,7 +159,7 @@ def _read(
 def speculative_step(
     target: Target,
     drafter: Drafter | None,
-    layout: Layout,
+    layout: Chunking,
     sampled: bool,
     record: bool,
     leaves: tuple[Array, ...],
@@ -179,13 +179,13 @@ def speculative_step(
         tree = root_only(rows.pending)
     else:
         tree, draft = drafter.propose(view, draft, rows.pending, rows.lengths)
-    widths = limits.widths
-    verifiers = [_verifier(model, target.platform, layout, sampled, limits, width) for width in widths]
+    buckets = limits.verify_buckets
+    verifiers = [_verifier(model, target.platform, layout, sampled, limits, width) for width in buckets]
     if len(verifiers) == 1:
         accepted, new, history = verifiers[0](tree, rows, state.caches)
     else:
-        filled = jnp.where((tree.tokens >= 0) & ~rows.done[:, None], jnp.arange(widths[-1])[None, :] + 1, 1)
-        place = jnp.sum(jnp.max(filled) > jnp.asarray(widths[:-1], jnp.int32))
+        filled = jnp.where((tree.tokens >= 0) & ~rows.done[:, None], jnp.arange(buckets[-1])[None, :] + 1, 1)
+        place = jnp.sum(jnp.max(filled) > jnp.asarray(buckets[:-1], jnp.int32))
         accepted, new, history = jax.lax.switch(place, verifiers, tree, rows, state.caches)
     advanced, counts = advance(rows, accepted, history)
     # ``counts >= 0`` always; it ties the write to the end of all reads (see kv.write).
@@ -195,7 +195,7 @@ def speculative_step(
     if drafter is not None:
         committed = jnp.concatenate([rows.pending[:, None], accepted.emitted[:, :-1]], axis=1)
         draft = drafter.observe(view, draft, every, committed, rows.lengths, counts)
-    emitted = note(state.emitted, accepted.emitted, counts, ~rows.done)
+    emitted = append(state.emitted, accepted.emitted, counts, ~rows.done)
     return EngineState(caches, advanced, draft, emitted), tree if record else None
 
 
@@ -264,7 +264,7 @@ def move(
 
 
 def _verifier(
-    model: Llama, platform: str, layout: Layout, sampled: bool, limits: TreeLimits, width: int
+    model: Llama, platform: str, layout: Chunking, sampled: bool, limits: TreeLimits, width: int
 ) -> Callable[[Tree, Rows, kv.Caches], tuple[Accepted, kv.NewKV, History]]:
     """Verification of a tree's first ``width`` nodes: the accepted path, its keys and values, the history.
 

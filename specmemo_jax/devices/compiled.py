@@ -49,7 +49,7 @@ def compiled_memory(compiled: jax.stages.Compiled) -> CompiledMemory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Proof:
+class CompiledCheck:
     """What the compiler says of a plan's programs: bytes each needs beside the persistent buffers.
 
     ``compiled_for``: the device; ``dtype``: what was compiled, which is bfloat16 where float16 was

@@ -4,14 +4,14 @@ import re
 from pathlib import Path
 from typing import TypeGuard
 
-from specmemo_jax.draft.beam import Shape
+from specmemo_jax.draft.beam import TreeShape
 from specmemo_jax.draft.draft_model import DraftModel
 from specmemo_jax.draft.ngram import NgramDrafter
 from specmemo_jax.draft.protocol import Drafter, View
 from specmemo_jax.draft.self_draft import SelfDrafter
 from specmemo_jax.errors import ConfigError
 
-__all__ = ["DraftModel", "Drafter", "NgramDrafter", "SelfDrafter", "Shape", "View", "make_drafter"]
+__all__ = ["DraftModel", "Drafter", "NgramDrafter", "SelfDrafter", "TreeShape", "View", "make_drafter"]
 
 # (nodes, least matched tokens): what a match is worth where nodes are not free to verify, and how often its
 # guesses must have come true to be worth 4 nodes. Measured in docs/performance-log.md.
@@ -53,21 +53,21 @@ def is_model_name(drafter: object) -> TypeGuard[str | Path]:
     return isinstance(drafter, str) and drafter not in ("auto", "ngram", "none") and drafter[:5] != "self:"
 
 
-def default_shape(tree_nodes: int | None, platform: str) -> Shape:
+def default_shape(tree_nodes: int | None, platform: str) -> TreeShape:
     """The tree of a draft that costs passes: a short chain on CPU, where nodes cost, else wider."""
     if platform == "cpu":
-        return Shape.of(4 if tree_nodes is None else tree_nodes)
+        return TreeShape.of(4 if tree_nodes is None else tree_nodes)
     nodes = FREE_NODES if tree_nodes is None else tree_nodes
     branches = max(1, min(4, nodes - 1))
     depth = max(min(5, nodes - 1), 1 + -(-(nodes - 1 - branches) // branches**2))
-    return Shape.of(nodes, branches, depth)
+    return TreeShape.of(nodes, branches, depth)
 
 
 def _ngram(tree_nodes: int | None, platform: str, dtype: str) -> NgramDrafter:
     if platform != "cpu":
         return NgramDrafter(FREE_NODES if tree_nodes is None else tree_nodes)
-    ladder, least_chance = LADDERS.get(dtype, LADDERS["bfloat16"])
+    ladder, min_hit_rate = LADDERS.get(dtype, LADDERS["bfloat16"])
     nodes = ladder[-1][0] if tree_nodes is None else tree_nodes
-    rungs = [rung for rung in ladder[:-1] if rung[0] < nodes]
-    ladder = (*rungs, (nodes, ladder[len(rungs)][1]))
-    return NgramDrafter(nodes, branches=1, ladder=ladder, least_chance=least_chance)
+    tree_sizes = [rung for rung in ladder[:-1] if rung[0] < nodes]
+    ladder = (*tree_sizes, (nodes, ladder[len(tree_sizes)][1]))
+    return NgramDrafter(nodes, branches=1, ladder=ladder, min_hit_rate=min_hit_rate)

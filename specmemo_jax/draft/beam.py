@@ -17,11 +17,11 @@ from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.kv import Caches, NewKV
 from specmemo_jax.llama.model import Llama, forward, logits
-from specmemo_jax.memory.buffers import Work
+from specmemo_jax.memory.buffers import Cost
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class TreeShape:
     """``num_nodes`` T (root included) of at most ``depth`` levels, ``branches`` a level expanded.
 
     One branch is a chain. Raises ConfigError where the levels cannot hold so many nodes.
@@ -45,25 +45,25 @@ class Shape:
             )
 
     @classmethod
-    def of(cls, num_nodes: int, branches: int = 1, depth: int | None = None) -> "Shape":
+    def of(cls, num_nodes: int, branches: int = 1, depth: int | None = None) -> "TreeShape":
         """A chain, or for more branches a tree about as deep as they can fill."""
         if depth is None:
             depth = num_nodes - 1 if branches == 1 else -(-num_nodes // branches)
         return cls(num_nodes, depth, branches)
 
-    def limited(self, num_nodes: int) -> "Shape":
+    def limited(self, num_nodes: int) -> "TreeShape":
         """As wide, with fewer nodes on as few levels as hold them in the same proportion."""
         branches = min(self.branches, num_nodes - 1)
         depth = max(1, -(-self.depth * (num_nodes - 1) // (self.num_nodes - 1)))
         while num_nodes > 1 + branches + (depth - 1) * branches**2:
             depth += 1
-        return Shape(num_nodes, depth, branches)
+        return TreeShape(num_nodes, depth, branches)
 
 
 class BeamDrafter(Drafter):
-    """A drafter whose trees are of one `Shape` and always filled."""
+    """A drafter whose trees are of one `TreeShape` and always filled."""
 
-    shape: Shape
+    shape: TreeShape
 
     @property
     def num_nodes(self) -> int:
@@ -87,23 +87,23 @@ class BeamDrafter(Drafter):
         return max(1, nodes - -(-max(0, nodes - k) // k))
 
     @property
-    def rungs(self) -> tuple[int, ...]:
+    def tree_sizes(self) -> tuple[int, ...]:
         """A half and the whole."""
         half = self.num_nodes // 2
         return (half, self.num_nodes) if half >= 2 else (self.num_nodes,)
 
 
-def lookahead_work(
-    config: LlamaConfig, layers: int, itemsize: int, shape: Shape, batch: int, length: int
-) -> Work:
-    """What `lookahead` costs over the first ``layers`` of a model with ``length`` tokens in its cache."""
+def beam_cost(
+    config: LlamaConfig, layers: int, itemsize: int, shape: TreeShape, batch: int, length: int
+) -> Cost:
+    """What `beam_draft` costs over the first ``layers`` of a model with ``length`` tokens in its cache."""
     H, D = config.hidden_size, config.head_dim
     layer = H * D * (2 * config.num_heads + 2 * config.num_kv_heads) + 3 * H * config.ffn_size
     weights = layers * layer + config.vocab_size * H
     rows = batch * (2 + (shape.depth - 1) * shape.branches)  # two nodes in the first pass: about what waits
     attention = 4 * layers * config.num_heads * D * length * rows
     cache = 2 * layers * config.num_kv_heads * D * length * batch
-    return Work(
+    return Cost(
         layers=shape.depth * layers,
         flops=2.0 * weights * rows + attention,
         bytes=float(shape.depth * itemsize * (weights + cache)),
@@ -119,14 +119,14 @@ class Level:
     parents: Int[Array, "B M"]
 
 
-def lookahead(
+def beam_draft(
     model: Llama,
     caches: Caches,
     known: Int[Array, " B"],
     unread: Int[Array, "B U"],
     num_unread: Int[Array, " B"],
     pending: Int[Array, " B"],
-    shape: Shape,
+    shape: TreeShape,
     vocab_size: int,
     platform: str,
 ) -> tuple[Tree, NewKV]:
@@ -184,7 +184,7 @@ def _likeliest(scores: Float[Array, "B M V"], k: int) -> tuple[Int[Array, "B M k
     return ids.astype(jnp.int32), values - total
 
 
-def _best_nodes(pending: Int[Array, " B"], levels: list[Level], shape: Shape) -> Tree:
+def _best_nodes(pending: Int[Array, " B"], levels: list[Level], shape: TreeShape) -> Tree:
     """The T - 1 most probable candidates under the root, in level order.
 
     A child is never more probable than its parent and comes after it, so what is chosen hangs together.

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from specmemo_jax.draft.beam import BeamDrafter, Shape, lookahead, lookahead_work
-from specmemo_jax.draft.phases import lookahead_phases
+from specmemo_jax.draft.beam import BeamDrafter, TreeShape, beam_cost, beam_draft
+from specmemo_jax.draft.live_sets import beam_live_sets
 from specmemo_jax.draft.protocol import State, View
 from specmemo_jax.draft.tree import Tree
 from specmemo_jax.errors import ConfigError
@@ -18,8 +18,8 @@ from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.kv import Groups, Leaf, RowAt
 from specmemo_jax.llama.model import forward
 from specmemo_jax.llama.packing import Target, abstract_model, abstract_target, merge
-from specmemo_jax.memory.buffers import Buffer, Work, cache_buffer
-from specmemo_jax.memory.passes import Live, Pass, attention, kept, projections
+from specmemo_jax.memory.buffers import Buffer, Cost, cache_buffer
+from specmemo_jax.memory.passes import ForwardShape, LiveSet, attention, projections, until_commit
 from specmemo_jax.memory.plan import PREFILL_CHUNKS, SLOTS
 
 
@@ -55,7 +55,7 @@ class DraftModel(BeamDrafter):
 
     config: LlamaConfig
     load: Callable[[], Target]
-    shape: Shape
+    shape: TreeShape
     dtype: str
     vocab_size: int
     name: str = "draft model"
@@ -69,7 +69,7 @@ class DraftModel(BeamDrafter):
             )
 
     @classmethod
-    def of(cls, draft: Target, shape: Shape, vocab_size: int | None = None) -> "DraftModel":
+    def of(cls, draft: Target, shape: TreeShape, vocab_size: int | None = None) -> "DraftModel":
         """A drafter of weights that are packed already."""
         vocab_size = vocab_size or draft.config.vocab_size
         return cls(draft.config, lambda: draft, shape, draft.dtype.name, vocab_size)
@@ -86,10 +86,10 @@ class DraftModel(BeamDrafter):
         """The same weights and cache, a smaller tree."""
         return dataclasses.replace(self, shape=self.shape.limited(num_nodes), room=self.levels)
 
-    def work(self, config: LlamaConfig, itemsize: int, batch: int, length: int) -> Work:
+    def work(self, config: LlamaConfig, itemsize: int, batch: int, length: int) -> Cost:
         """Its passes: what was committed, then level by level."""
         own = jnp.dtype(self.dtype).itemsize
-        return lookahead_work(self.config, self.config.num_layers, own, self.shape, batch, length)
+        return beam_cost(self.config, self.config.num_layers, own, self.shape, batch, length)
 
     @property
     def levels(self) -> int:
@@ -142,7 +142,7 @@ class DraftModel(BeamDrafter):
             Buffer("draft unread", (B, 1 + self.levels), "int32", 4 * B * (1 + self.levels)),
         )
 
-    def phases(self, target: Pass, chunk: int | None) -> tuple[Live, ...]:
+    def live_sets(self, target: ForwardShape, chunk: int | None) -> tuple[LiveSet, ...]:
         """A step's passes, or a prompt's chunk with what was unread before it, on a copy of one row."""
         draft = dataclasses.replace(
             target,
@@ -157,9 +157,9 @@ class DraftModel(BeamDrafter):
             quantized=False,
         )
         if chunk is None:
-            return lookahead_phases(draft, self.levels, self.shape)
+            return beam_live_sets(draft, self.levels, self.shape)
         read = dataclasses.replace(draft, rows=1, nodes=chunk + self.levels, gathered=target.rows > 1)
-        return *attention(read), *projections(read), kept(read)
+        return *attention(read), *projections(read), until_commit(read)
 
     def observe(
         self,
@@ -215,7 +215,7 @@ class DraftModel(BeamDrafter):
     ) -> tuple[Tree, State]:
         """Read what is unread and ``pending``, then look ahead."""
         known = jnp.minimum(state.known, lengths)
-        tree, read = lookahead(
+        tree, read = beam_draft(
             self._merge(view),
             state.caches,
             known,

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from specmemo_jax.checkpoints.open import Opened, open_model
+from specmemo_jax.checkpoints.open import OpenModel, open_model
 from specmemo_jax.devices.table import Device
-from specmemo_jax.draft.beam import Shape
+from specmemo_jax.draft.beam import TreeShape
 from specmemo_jax.draft.draft_model import DraftModel
 from specmemo_jax.errors import ConfigError, ModelNotFoundError
 from specmemo_jax.llama.config import LlamaConfig
@@ -17,8 +17,8 @@ from specmemo_jax.llama.packing import pack
 
 def open_draft_model(
     model: str | Path | LlamaConfig,
-    target: Opened,
-    shape: Shape,
+    target: OpenModel,
+    shape: TreeShape,
     dtype: jnp.dtype,
     device: Device | None = None,
     params: Mapping[str, Any] | None = None,
@@ -44,7 +44,7 @@ def open_draft_model(
     )
 
 
-def _check_vocabulary(draft: Opened, target: Opened) -> None:
+def _check_vocabulary(draft: OpenModel, target: OpenModel) -> None:
     wanted = "a draft with the target's own vocabulary, ngram or self:K would work"
     if draft.tokenizer is not None and target.tokenizer is not None:
         difference = target.tokenizer.first_difference(draft.tokenizer)

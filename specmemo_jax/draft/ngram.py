@@ -21,14 +21,14 @@ from specmemo_jax.draft.tree import NO_TOKEN, Tree
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.kv import Groups, Leaf
 from specmemo_jax.memory.buffers import Buffer
-from specmemo_jax.memory.passes import FULL, Live, Pass, array
+from specmemo_jax.memory.passes import FULL, ForwardShape, LiveSet, array
 
 LEARNING_RATE = 0.125  # what the last match counts; a power of 2, so that hosts and devices round alike
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Trust:
+class HitRates:
     """How often a row's matches foretold the next token.
 
     ``chances`` ``[B, N]``: of matches of 1 to N tokens, the last ones weighing most.
@@ -45,7 +45,7 @@ class Trust:
         hit = (came == token).astype(jnp.float32)
         known = jnp.where(position <= lengths, matched, 0)
         used = jnp.arange(1, self.chances.shape[1] + 1)[None, :] == known[:, None]
-        return jnp.where(used, learned(self.chances, hit[:, None]), self.chances)
+        return jnp.where(used, updated_rate(self.chances, hit[:, None]), self.chances)
 
 
 @jax.tree_util.register_dataclass
@@ -54,10 +54,10 @@ class NgramState:
     """The tokens of each row by position, ``[B, S]``, and what its matches were found to be worth."""
 
     history: Leaf
-    trust: Trust | Leaf | None
+    hit_rates: HitRates | Leaf | None
 
 
-def learned(chance: Any, hit: Any) -> Any:
+def updated_rate(chance: Any, hit: Any) -> Any:
     """A chance after one more match, which foretold the next token (1) or not (0)."""
     return chance - LEARNING_RATE * chance + LEARNING_RATE * hit
 
@@ -74,7 +74,7 @@ class NgramDrafter(Drafter):
     ``(num_nodes, ...)``. A step that finds less than its first rung asks for is plain
     decoding (but see below); empty, every match fills all nodes. It pays where a node is not free to verify.
 
-    ``least_chance``: with a ladder, how often matches of a length must have foretold the row's next token
+    ``min_hit_rate``: with a ladder, how often matches of a length must have foretold the row's next token
     for one to fill any nodes; 0 for no matter how often. Those that the ladder asks for begin half-way
     from it to 1, shorter ones half-way to 0: they fill the first rung once they have proved themselves.
     """
@@ -85,7 +85,7 @@ class NgramDrafter(Drafter):
     decay: float = 0.75
     branch_decay: float = 0.3
     ladder: tuple[tuple[int, int], ...] = ()
-    least_chance: float = 0.0
+    min_hit_rate: float = 0.0
     name: str = "ngram"
 
     def __post_init__(self) -> None:
@@ -105,9 +105,9 @@ class NgramDrafter(Drafter):
                     f"ladder {self.ladder} must rise from 2 nodes or more to num_nodes ({self.num_nodes}), "
                     f"with matches rising to max_ngram ({self.max_ngram}) at most"
                 )
-        if not 0 <= self.least_chance < 1 or (self.least_chance and not self.ladder):
+        if not 0 <= self.min_hit_rate < 1 or (self.min_hit_rate and not self.ladder):
             raise ConfigError(
-                f"least_chance ({self.least_chance}) must be from 0 to below 1, and 0 without a ladder"
+                f"min_hit_rate ({self.min_hit_rate}) must be from 0 to below 1, and 0 without a ladder"
             )
 
     @property
@@ -121,21 +121,21 @@ class NgramDrafter(Drafter):
         return min(self.branches, self.num_nodes - 1)
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def verify_buckets(self) -> tuple[int, ...]:
         """The root alone and each rung, or every node always."""
         return (1, *(nodes for nodes, _ in self.ladder)) if self.ladder else (self.num_nodes,)
 
     @property
-    def rungs(self) -> tuple[int, ...]:
+    def tree_sizes(self) -> tuple[int, ...]:
         """A ladder moves by itself at every step; else a half and the whole."""
         half = self.num_nodes // 2
         return (self.num_nodes,) if self.ladder or half < 2 else (half, self.num_nodes)
 
     @property
-    def first_chances(self) -> tuple[float, ...]:
+    def initial_hit_rates(self) -> tuple[float, ...]:
         """What a row's matches of 1, 2, ... tokens are trusted with before any was seen."""
         asked = self.ladder[0][1] if self.ladder else 1
-        untried, usual = self.least_chance / 2, (1 + self.least_chance) / 2
+        untried, usual = self.min_hit_rate / 2, (1 + self.min_hit_rate) / 2
         return tuple(untried if n < asked else usual for n in range(1, self.max_ngram + 1))
 
     def limited(self, num_nodes: int) -> "NgramDrafter":
@@ -149,27 +149,27 @@ class NgramDrafter(Drafter):
     def init(self, groups: Groups) -> NgramState:
         """Token history ``[B, S]``, every row's as wide as the widest group's, and trust."""
         history = jnp.full((groups.rows, groups.most), NO_TOKEN, jnp.int32)
-        if not self.least_chance:
+        if not self.min_hit_rate:
             return NgramState(history, None)
-        chances = jnp.tile(jnp.asarray(self.first_chances, jnp.float32), (groups.rows, 1))
-        return NgramState(history, Trust(chances, jnp.zeros((groups.rows, 3), jnp.int32)))
+        chances = jnp.tile(jnp.asarray(self.initial_hit_rates, jnp.float32), (groups.rows, 1))
+        return NgramState(history, HitRates(chances, jnp.zeros((groups.rows, 3), jnp.int32)))
 
     def grow(self, state: NgramState, groups: Groups) -> NgramState:
         """Pad the history."""
         more = groups.most - state.history.shape[1]
         history = jnp.pad(state.history, ((0, 0), (0, more)), constant_values=NO_TOKEN)
-        return NgramState(history, state.trust)
+        return NgramState(history, state.hit_rates)
 
     def buffers(self, groups: Groups) -> tuple[Buffer, ...]:
         """The history, and trust."""
         B, S, N = groups.rows, groups.most, self.max_ngram
         history = Buffer("ngram history", (B, S), "int32", 4 * B * S)
-        if not self.least_chance:
+        if not self.min_hit_rate:
             return (history,)
         chances = Buffer("ngram chances by length", (B, N), "float32", 4 * B * N)
         return (history, chances, Buffer("ngram last guesses", (B, 3), "int32", 4 * B * 3))
 
-    def phases(self, target: Pass, chunk: int | None) -> tuple[Live, ...]:
+    def live_sets(self, target: ForwardShape, chunk: int | None) -> tuple[LiveSet, ...]:
         """The history with its pending token, rolled, matched and scored; reading a chunk takes nothing."""
         if chunk is not None:
             return ()
@@ -202,12 +202,12 @@ class NgramDrafter(Drafter):
         columns = jnp.arange(tokens.shape[1])[None, :]
         positions = jnp.where(columns < counts[:, None], starts[:, None] + columns, S)
         history = state.history.at[rows[:, None], positions].set(tokens, mode="drop")
-        if state.trust is None:
+        if state.hit_rates is None:
             return NgramState(history, None)
-        back = starts + 1 < state.trust.guesses[rows, 1]
+        back = starts + 1 < state.hit_rates.guesses[rows, 1]
         anew = jnp.where((starts == 0) | back, rows, history.shape[0])
-        chances = state.trust.chances.at[anew].set(jnp.asarray(self.first_chances), mode="drop")
-        return NgramState(history, Trust(chances, state.trust.guesses.at[anew].set(0, mode="drop")))
+        chances = state.hit_rates.chances.at[anew].set(jnp.asarray(self.initial_hit_rates), mode="drop")
+        return NgramState(history, HitRates(chances, state.hit_rates.guesses.at[anew].set(0, mode="drop")))
 
     def propose(
         self, view: View, state: NgramState, pending: Int[Array, " B"], lengths: Int[Array, " B"]
@@ -235,16 +235,16 @@ class NgramDrafter(Drafter):
             chains.append(jnp.take_along_axis(history, jnp.clip(best[:, None] + 1 + steps, 0, S - 1), axis=1))
             found.append(score > 0)
             scores = jnp.where(first == chains[-1][:, :1], 0, scores)
-        longest, trust = jnp.max(matched, axis=1), state.trust
+        longest, hit_rates = jnp.max(matched, axis=1), state.hit_rates
         worth = self._worth(longest)
-        if trust is not None:
-            chances = trust.checked(history, lengths)
+        if hit_rates is not None:
+            chances = hit_rates.checked(history, lengths)
             chance = jnp.take_along_axis(chances, jnp.maximum(longest - 1, 0)[:, None], axis=1)[:, 0]
             proved = self._worth(jnp.maximum(longest, self.ladder[0][1]))
-            worth = jnp.where((longest > 0) & (chance >= self.least_chance), proved, 1)
-            trust = Trust(chances, jnp.stack([chains[0][:, 0], lengths + 1, longest], axis=1))
+            worth = jnp.where((longest > 0) & (chance >= self.min_hit_rate), proved, 1)
+            hit_rates = HitRates(chances, jnp.stack([chains[0][:, 0], lengths + 1, longest], axis=1))
         tree = self._grow_tree(pending, jnp.stack(chains, 1), jnp.stack(found, 1), worth)
-        return tree, NgramState(state.history, trust)
+        return tree, NgramState(state.history, hit_rates)
 
     def _worth(self, matched: Int[Array, " B"]) -> Int[Array, " B"]:
         """Nodes, root included, that a match of so many tokens may fill."""

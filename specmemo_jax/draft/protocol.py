@@ -13,8 +13,8 @@ from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.kv import Caches, Groups, RowAt
 from specmemo_jax.llama.model import Llama
 from specmemo_jax.llama.packing import Target
-from specmemo_jax.memory.buffers import Buffer, Work
-from specmemo_jax.memory.passes import Live, Pass
+from specmemo_jax.memory.buffers import Buffer, Cost
+from specmemo_jax.memory.passes import ForwardShape, LiveSet
 
 State = Any  # a pytree of device arrays that lead with the batch axis, the drafter's own
 
@@ -63,7 +63,7 @@ class Drafter(abc.ABC):
         return 1 if self.is_chain else self.num_nodes - 1
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def verify_buckets(self) -> tuple[int, ...]:
         """Numbers of nodes that verification is compiled for, rising to ``num_nodes``.
 
         A step takes the first that covers the filled nodes of every row's tree, so a drafter
@@ -72,14 +72,14 @@ class Drafter(abc.ABC):
         return (self.num_nodes,)
 
     @property
-    def rungs(self) -> tuple[int, ...]:
+    def tree_sizes(self) -> tuple[int, ...]:
         """Sizes of tree worth moving between while generating, rising to ``num_nodes``."""
         return (self.num_nodes,)
 
     def limited(self, num_nodes: int) -> "Drafter":
         """The same drafter on the same state and weights, with trees of at most ``num_nodes``.
 
-        Needed for every size in `rungs` but its own.
+        Needed for every size in `tree_sizes` but its own.
         """
         if num_nodes == self.num_nodes:
             return self
@@ -140,13 +140,13 @@ class Drafter(abc.ABC):
         """Shapes and dtypes of `weights`, without loading them."""
         return jax.eval_shape(lambda: self.weights(target))
 
-    def work(self, config: LlamaConfig, itemsize: int, batch: int, length: int) -> Work:
+    def work(self, config: LlamaConfig, itemsize: int, batch: int, length: int) -> Cost:
         """What drafting a step costs with ``length`` tokens a row, for a target of ``config`` whose
         weights take ``itemsize`` bytes each.
 
         None by default: drafting that is small beside the target's pass.
         """
-        return Work()
+        return Cost()
 
     def buffers(self, groups: Groups) -> tuple[Buffer, ...]:
         """Every device buffer of `init` and `weights`, for the memory model; here those of `init`."""
@@ -165,7 +165,7 @@ class Drafter(abc.ABC):
         """A bound on what `observe` and `propose` need beside their arguments, for a target of ``config``."""
         return 0
 
-    def phases(self, target: Pass, chunk: int | None) -> tuple[Live, ...]:
+    def live_sets(self, target: ForwardShape, chunk: int | None) -> tuple[LiveSet, ...]:
         """Sets of buffers that live at once while it drafts beside a target whose verification is ``target``:
         those of `propose` (``chunk`` None), or of `observe` for a prompt's ``chunk``.
         """

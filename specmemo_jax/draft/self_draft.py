@@ -6,16 +6,16 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from specmemo_jax.draft.beam import BeamDrafter, Shape, lookahead, lookahead_work
-from specmemo_jax.draft.phases import lookahead_phases
+from specmemo_jax.draft.beam import BeamDrafter, TreeShape, beam_cost, beam_draft
+from specmemo_jax.draft.live_sets import beam_live_sets
 from specmemo_jax.draft.protocol import State, View
 from specmemo_jax.draft.tree import Tree
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.kv import Groups
 from specmemo_jax.llama.packing import Target
-from specmemo_jax.memory.buffers import Work
-from specmemo_jax.memory.passes import Live, Pass
+from specmemo_jax.memory.buffers import Cost
+from specmemo_jax.memory.passes import ForwardShape, LiveSet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SelfDrafter(BeamDrafter):
     """
 
     layers: int
-    shape: Shape
+    shape: TreeShape
 
     def __post_init__(self) -> None:
         if self.layers < 1:
@@ -46,16 +46,16 @@ class SelfDrafter(BeamDrafter):
         """The same layers, a smaller tree."""
         return dataclasses.replace(self, shape=self.shape.limited(num_nodes))
 
-    def work(self, config: LlamaConfig, itemsize: int, batch: int, length: int) -> Work:
+    def work(self, config: LlamaConfig, itemsize: int, batch: int, length: int) -> Cost:
         """Its passes over the target's first layers and head."""
-        return lookahead_work(config, self.layers, itemsize, self.shape, batch, length)
+        return beam_cost(config, self.layers, itemsize, self.shape, batch, length)
 
-    def phases(self, target: Pass, chunk: int | None) -> tuple[Live, ...]:
+    def live_sets(self, target: ForwardShape, chunk: int | None) -> tuple[LiveSet, ...]:
         """Its passes over the target's first layers; reading a chunk takes nothing."""
         if chunk is not None:
             return ()
         draft = dataclasses.replace(target, layers=self.layers, seen=None, score_nodes=None)
-        return lookahead_phases(draft, 0, self.shape)
+        return beam_live_sets(draft, 0, self.shape)
 
     def observe(
         self,
@@ -83,7 +83,7 @@ class SelfDrafter(BeamDrafter):
     ) -> tuple[Tree, State]:
         """Look ahead over the target's cache."""
         nothing = jnp.zeros((pending.shape[0], 0), jnp.int32)
-        tree, _ = lookahead(
+        tree, _ = beam_draft(
             view.model,
             tuple(cache[: self.layers] for cache in view.caches),
             lengths,

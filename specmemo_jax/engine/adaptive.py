@@ -61,7 +61,7 @@ class _Figures:
 
 
 class TreeChooser:
-    """Moves between ``rungs``, sizes of tree that rise from 1 (plain decoding).
+    """Moves between ``tree_sizes``, sizes of tree that rise from 1 (plain decoding).
 
     `choose` names the next burst's tree and how many steps it may run; `record` takes in what came
     of it. The largest tree runs first, then each other is tried; from there on the one of most tokens
@@ -74,13 +74,13 @@ class TreeChooser:
     ``probe``: steps that a tree is tried for, where `PROBE` among the rows is not meant.
     """
 
-    def __init__(self, rungs: Sequence[int], rows: int = 1, probe: int | None = None):
-        self.rungs = tuple(rungs)
+    def __init__(self, tree_sizes: Sequence[int], rows: int = 1, probe: int | None = None):
+        self.tree_sizes = tuple(tree_sizes)
         self.rows = rows
         self.margin = self._margin(waiting=0)
         self.probe = max(1, PROBE // rows) if probe is None else probe
         self.first_steps = max(1, FIRST_STEPS // rows)
-        self._figures = {rung: _Figures() for rung in self.rungs}
+        self._figures = {rung: _Figures() for rung in self.tree_sizes}
         self._steps = 0
 
     def _margin(self, waiting: int) -> float:
@@ -91,8 +91,8 @@ class TreeChooser:
         """The tree's nodes, and at most ``steps`` steps for it; ``waiting`` requests wait for a place."""
         self.margin = self._margin(waiting)
         if self._steps < self.first_steps:
-            return self.rungs[-1], min(steps, self.first_steps)
-        for rung in self.rungs:
+            return self.tree_sizes[-1], min(steps, self.first_steps)
+        for rung in self.tree_sizes:
             if not self._figures[rung].bursts:
                 return rung, min(steps, self.probe)
         best = self.best
@@ -103,12 +103,12 @@ class TreeChooser:
 
     def ahead(self, steps: int) -> tuple[int, ...]:
         """The trees that the next ``steps`` steps may ask for."""
-        return self.rungs if self._steps + steps > self.first_steps else self.rungs[-1:]
+        return self.tree_sizes if self._steps + steps > self.first_steps else self.tree_sizes[-1:]
 
     @property
     def best(self) -> int:
         """The tree of most tokens a second so far, the margin counted."""
-        tried = [rung for rung in self.rungs if self._figures[rung].bursts]
+        tried = [rung for rung in self.tree_sizes if self._figures[rung].bursts]
         return max(tried, key=lambda r: self._figures[r].rate * (1 + self.margin if r == 1 else 1))
 
     def record(self, nodes: int, steps: int, seconds: float, tokens: float) -> None:

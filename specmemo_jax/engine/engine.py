@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from specmemo_jax.decode.emitted import read
+from specmemo_jax.decode.emitted import drain
 from specmemo_jax.decode.rows import Settings
 from specmemo_jax.decode.sampling import Sampling, greedy_sampling
 from specmemo_jax.decode.step import EngineState
@@ -66,10 +66,10 @@ class Engine:
         if drafter is None:
             self.draft_weights = ()
         self.programs = Programs(self.target, drafter, plan)
-        adapts = self.adaptive and len(plan.rungs) > 1
+        adapts = self.adaptive and len(plan.tree_sizes) > 1
         # A GPU's step takes less than reading what it said: whole bursts are compared there.
         probe = BURST if self._on_gpu else None
-        self.chooser = TreeChooser(plan.rungs, plan.batch, probe) if adapts else None
+        self.chooser = TreeChooser(plan.tree_sizes, plan.batch, probe) if adapts else None
         self._compiled = ProgramCache(self.programs)
         self.rows = [None] * plan.batch
         self._held: list[RowLog | None] = [None] * plan.batch
@@ -265,10 +265,10 @@ class Engine:
         for offset, width in self._chunk_starts(last - kept):
             start = min(kept + offset, self.slots_of(row) - width)
             end = min(start + width, last)
-            read, following = np.zeros((2, 1, width), np.int32)
-            read[0, : end - start], following[0, : end - start] = ids[start:end], ids[start + 1 : end + 1]
+            drain, following = np.zeros((2, 1, width), np.int32)
+            drain[0, : end - start], following[0, : end - start] = ids[start:end], ids[start + 1 : end + 1]
             program = self._compiled.get("score", self.capacity, width)
-            scores = jax.device_get(self._run(program, read, following, np.int32(start), np.int32(row)))
+            scores = jax.device_get(self._run(program, drain, following, np.int32(start), np.int32(row)))
             for whole, part in zip((found, likeliest), scores, strict=True):
                 whole[start + 1 : end + 1] = part[: end - start]
         self._scored = list(ids[:last])
@@ -414,7 +414,7 @@ class Engine:
         for _ in range(steps):
             self._run(step)
         assert self._state is not None
-        results = read(self._state.emitted, steps)
+        results = drain(self._state.emitted, steps)
         seconds = time.perf_counter() - began
         settled = self._ran[step] >= (GPU_SETTLING if self._on_gpu else CPU_SETTLING)
         self._ran[step] += steps

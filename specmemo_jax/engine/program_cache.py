@@ -24,7 +24,7 @@ def plan_keys(programs: Programs) -> Iterator[tuple[str, Key]]:
         groups = [(group, f" of {context}") for group, (_, context) in enumerate(plan.groups)]
     for sampled in (False, True):
         how = "sampled" if sampled else "greedy"
-        for nodes in plan.rungs:
+        for nodes in plan.tree_sizes:
             yield f"step {nodes}, {how}", ("step", S, nodes, sampled, 0)
         for width, (group, which) in itertools.product(plan.chunks, groups):
             yield f"prefill {width}{which}, {how}", ("prefill", S, width, sampled, group)

@@ -15,8 +15,8 @@ from specmemo_jax.decode.rows import Settings, init_rows
 from specmemo_jax.decode.sampling import greedy_sampling
 from specmemo_jax.decode.score import score_chunk
 from specmemo_jax.decode.step import (
+    Chunking,
     EngineState,
-    Layout,
     catch_up,
     move,
     prefill_chunk,
@@ -118,10 +118,10 @@ class Programs:
         return self.target.dtype if self.plan.kv_dtype == self.plan.dtype else jnp.dtype(self.plan.kv_dtype)
 
     @property
-    def _layout(self) -> Layout:
+    def _layout(self) -> Chunking:
         plan = self.plan
         unbounded = plan.policy != "plan"
-        return Layout(plan.score_nodes, plan.logit_nodes, plan.policy == "unbounded", unbounded)
+        return Chunking(plan.score_nodes, plan.logit_nodes, plan.policy == "unbounded", unbounded)
 
     def _limited(self, nodes: int | None) -> Drafter | None:
         if nodes == 1 or self.drafter is None:

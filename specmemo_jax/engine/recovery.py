@@ -14,7 +14,7 @@ def step_down(engine: Engine, error: BaseException) -> str:
     Raises CapacityError, with the numbers, where nothing is left to give up.
     """
     plan, drafter, batch = engine.plan, engine.drafter, engine.plan.batch
-    smaller = [rung for rung in plan.rungs if 1 < rung < plan.tree_nodes]
+    smaller = [rung for rung in plan.tree_sizes if 1 < rung < plan.tree_nodes]
     if drafter is not None and smaller:
         given_up = f"trees of {plan.tree_nodes} nodes for {smaller[-1]}"
         drafter = drafter.limited(smaller[-1])

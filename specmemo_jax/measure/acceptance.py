@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specmemo_jax.decode.emitted import read
+from specmemo_jax.decode.emitted import drain
 from specmemo_jax.draft import LADDERS, Drafter, NgramDrafter, make_drafter
-from specmemo_jax.draft.ngram import learned
+from specmemo_jax.draft.ngram import updated_rate
 from specmemo_jax.draft.tree import NO_TOKEN, Tree
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.sequence import Request
@@ -25,8 +25,8 @@ from specmemo_jax.llama import kv
 from specmemo_jax.planning.expected import shape_key
 from specmemo_jax.planning.profile import (
     AcceptanceProfile,
+    MatchStrength,
     MeasuredShape,
-    Signal,
 )
 
 DEPTHS = 16  # levels below the root that chances are counted for
@@ -107,14 +107,14 @@ class _Tally:
                 self.seen[depth, rank] += 1
                 self.accepted[depth, rank] += right
 
-    def signal(self, strength: int) -> Signal:
+    def signal(self, strength: int) -> MatchStrength:
         depths = max((d for d, _ in self.seen), default=0)
         ranks = 1 + max((r for _, r in self.seen), default=-1)
 
         def table(counts: Counter) -> tuple[tuple[int, ...], ...]:
             return tuple(tuple(counts[d, r] for r in range(ranks)) for d in range(1, depths + 1))
 
-        return Signal(strength, self.steps, table(self.seen), table(self.accepted))
+        return MatchStrength(strength, self.steps, table(self.seen), table(self.accepted))
 
 
 # ---------------------------------------------------------------- n-grams, by replay
@@ -165,12 +165,12 @@ def measure_ngram(
     # A ladder of one node a matched token tells the match by the nodes it fills.
     every = tuple((matched + 1, matched) for matched in range(1, drafter.max_ngram + 1))
     probe = dataclasses.replace(
-        drafter, num_nodes=drafter.max_ngram + 1, branches=1, ladder=every, least_chance=0.0
+        drafter, num_nodes=drafter.max_ngram + 1, branches=1, ladder=every, min_hit_rate=0.0
     )
     matched = [[proposal.filled - 1 for proposal in row] for row in replay(probe, answers)]
     if not any(matched):
         raise ConfigError("no step to replay: answers of at least 2 tokens would work")
-    whole = dataclasses.replace(drafter, num_nodes=NODES, ladder=(), least_chance=0.0)
+    whole = dataclasses.replace(drafter, num_nodes=NODES, ladder=(), min_hit_rate=0.0)
     trees = {
         branches: replay(dataclasses.replace(whole, branches=branches), answers)
         for branches in {1, drafter.branches}
@@ -194,13 +194,15 @@ def _walk(
 ) -> Iterator[tuple[int, int, int]]:
     """Where the steps of ``shape`` begin, and the nodes that they verify: ``(answer, position, width)``."""
     for row, proposals in enumerate(trees):
-        at, chances = 0, np.asarray((0, *shape.first_chances), np.float32)
+        at, chances = 0, np.asarray((0, *shape.initial_hit_rates), np.float32)
         while at < len(proposals):
             match, proposal = matched[row][at], proposals[at]
             width = _width_of_match(shape, match, float(chances[match]))
             yield row, at, width
             if match:
-                chances[match] = learned(chances[match], np.float32(proposal.tokens[1] == proposal.truth[0]))
+                chances[match] = updated_rate(
+                    chances[match], np.float32(proposal.tokens[1] == proposal.truth[0])
+                )
             at += proposal.first(width).accepted_length
 
 
@@ -208,8 +210,8 @@ def _width_of_match(shape: NgramDrafter, matched: int, chance: float) -> int:
     """Nodes that are verified where so many tokens match, of which ``chance`` is what was learned."""
     if not shape.ladder:
         return shape.num_nodes
-    if shape.least_chance and matched:
-        matched = max(matched, shape.ladder[0][1]) if chance >= np.float32(shape.least_chance) else 0
+    if shape.min_hit_rate and matched:
+        matched = max(matched, shape.ladder[0][1]) if chance >= np.float32(shape.min_hit_rate) else 0
     return max((nodes for nodes, least in shape.ladder if matched >= least), default=1)
 
 
@@ -219,7 +221,7 @@ def measured_shapes(drafter: NgramDrafter) -> tuple[NgramDrafter, ...]:
     """
     sizes = (*range(2, 17), *range(20, 33, 4), *range(40, NODES + 1, 8))
     trees = [
-        dataclasses.replace(drafter, num_nodes=nodes, branches=branches, ladder=(), least_chance=0.0)
+        dataclasses.replace(drafter, num_nodes=nodes, branches=branches, ladder=(), min_hit_rate=0.0)
         for branches in sorted({1, drafter.branches})
         for nodes in sizes
     ]
@@ -253,7 +255,7 @@ def recorded(engine: Engine, request: Request) -> tuple[list[int], list[Proposal
     while len(ids) < end and ids[-1] not in request.stop_ids:
         state, tree = step(engine.target.leaves, engine.draft_weights, state)
         trees.append((_at_host(tree), len(ids)))
-        count, *tokens = read(state.emitted, 1)[0, 0].tolist()
+        count, *tokens = drain(state.emitted, 1)[0, 0].tolist()
         ids.extend(tokens[:count])
     new = ids[len(request.prompt) :]
     return new, [Proposal.of(tree, 0, ids[at:]) for tree, at in trees]
@@ -279,12 +281,12 @@ def _at_host(tree: Tree) -> tuple[np.ndarray, ...]:
 
 def _width(drafter: Drafter, proposal: Proposal) -> int:
     """Nodes that the engine verifies."""
-    return next(width for width in drafter.widths if width >= proposal.filled)
+    return next(width for width in drafter.verify_buckets if width >= proposal.filled)
 
 
 def _shape(drafter: Drafter, steps: Sequence[tuple[int, int]]) -> MeasuredShape:
     """Of each step's width and accepted length."""
-    widths = sorted({width for width, _ in steps})
-    lengths = [[length for at, length in steps if at == width] for width in widths]
-    outcomes = tuple((w, len(each), sum(each)) for w, each in zip(widths, lengths, strict=True))
+    verify_buckets = sorted({width for width, _ in steps})
+    lengths = [[length for at, length in steps if at == width] for width in verify_buckets]
+    outcomes = tuple((w, len(each), sum(each)) for w, each in zip(verify_buckets, lengths, strict=True))
     return MeasuredShape(*shape_key(drafter), outcomes)

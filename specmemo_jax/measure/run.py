@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from specmemo_jax.checkpoints.open import Opened, open_model
+from specmemo_jax.checkpoints.open import OpenModel, open_model
 from specmemo_jax.devices.table import default_dtype, live_device
 from specmemo_jax.draft import Drafter, NgramDrafter, default_shape, is_model_name, make_drafter
 from specmemo_jax.draft.load import open_draft_model
@@ -32,10 +32,10 @@ NGRAM_NODES, NGRAM_BRANCHES = 16, 3  # whose steps an n-gram profile's chances a
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class Setup:
     """What is measured: a model as opened and on the device, and a drafter for it."""
 
-    opened: Opened
+    opened: OpenModel
     target: Target
     drafter: Drafter | None
 
@@ -47,9 +47,9 @@ class Subject:
         )
 
 
-def open_subject(
+def open_setup(
     model: str | Path, dtype: str = "auto", drafter: str | None = "auto", tree_nodes: int | None = None
-) -> Subject:
+) -> Setup:
     """Load what `LLM` would load for these names. Raises as it does."""
     opened, device = open_model(model), jax.devices()[0]
     chosen = jnp.dtype(default_dtype(device) if dtype == "auto" else dtype)
@@ -58,38 +58,38 @@ def open_subject(
         found: Drafter | None = open_draft_model(drafter, opened, shape, chosen)
     else:
         found = make_drafter(drafter, tree_nodes, platform=device.platform, dtype=chosen.name)
-    return Subject(opened, pack(opened.config, opened.tensors(), chosen, device), found)
+    return Setup(opened, pack(opened.config, opened.tensors(), chosen, device), found)
 
 
-def calibrate(subject: Subject, grid: Grid | None = None, progress: Progress = lambda _: None) -> Calibration:
-    """Time ``subject`` on this device (see `specmemo_jax.measure.timing`); `Calibration.save` keeps it."""
-    return measure(subject.target, subject.drafter, subject.fingerprint, grid or Grid(), progress)
+def calibrate(setup: Setup, grid: Grid | None = None, progress: Progress = lambda _: None) -> Calibration:
+    """Time ``setup`` on this device (see `specmemo_jax.measure.timing`); `Calibration.save` keeps it."""
+    return measure(setup.target, setup.drafter, setup.fingerprint, grid or Grid(), progress)
 
 
-def profile_path(subject: Subject) -> Path:
+def profile_path(setup: Setup) -> Path:
     """Where a user's own profile of this subject is kept."""
-    return profile_file(user_folder(subject.opened.name), _drafter(subject).name)
+    return profile_file(user_folder(setup.opened.name), _drafter(setup).name)
 
 
 def profile(
-    subject: Subject,
+    setup: Setup,
     prompts: str | Path,
     *,
     max_tokens: int = 128,
     limit: int | None = None,
     progress: Callable[[], object] = lambda: None,
 ) -> AcceptanceProfile:
-    """The acceptance of ``subject``'s drafter on a JSONL file of prompts, answered greedily.
+    """The acceptance of ``setup``'s drafter on a JSONL file of prompts, answered greedily.
 
     Lines are prompts as ``specmemo generate`` takes them, or answers that are known:
     ``{"prompt_ids": [...], "new_ids": [...]}``, which an n-gram drafter is replayed over without running
     the target. Raises RequestError for a line that is neither or does not fit the context.
     """
-    drafter, known = _drafter(subject), read_answers(prompts)
+    drafter, known = _drafter(setup), read_answers(prompts)
     labels = {
         "drafter": drafter.name,
-        "model": subject.opened.name,
-        "dtype": subject.target.dtype.name,
+        "model": setup.opened.name,
+        "dtype": setup.target.dtype.name,
         "prompts": Path(prompts).name,
         "date": datetime.date.today().isoformat(),
     }
@@ -97,7 +97,7 @@ def profile(
     if known is not None and ngram:
         answers = known[:limit]
     else:
-        runs = _run(subject, drafter, prompts, known, max_tokens, limit)
+        runs = _run(setup, drafter, prompts, known, max_tokens, limit)
         answers, proposals = [], []
         for answer, steps in runs:
             answers.append(answer)
@@ -108,30 +108,30 @@ def profile(
     return measure_ngram(NgramDrafter(NGRAM_NODES, NGRAM_BRANCHES), answers, labels)
 
 
-def effect_path(subject: Subject) -> Path:
+def effect_path(setup: Setup) -> Path:
     """Where a user's own measurement of an int8 cache is kept."""
-    return profile_file(user_folder(subject.opened.name), NAME)
+    return profile_file(user_folder(setup.opened.name), NAME)
 
 
 def measure_cache(
-    subject: Subject,
+    setup: Setup,
     prompts: str | Path,
     *,
     max_tokens: int = 128,
     limit: int | None = None,
     progress: Callable[[], object] = lambda: None,
 ) -> CacheEffect:
-    """What an int8 cache changes of ``subject``'s greedy answers to a JSONL file of prompts (see `profile`).
+    """What an int8 cache changes of ``setup``'s greedy answers to a JSONL file of prompts (see `profile`).
 
     Every next token of every answer is asked for with both caches, after the same text; then each cache
     writes the answer on its own.
     """
     known = read_answers(prompts)
     if known is None:
-        answers = [answer for answer, _ in _run(subject, _drafter(subject), prompts, None, max_tokens, limit)]
+        answers = [answer for answer, _ in _run(setup, _drafter(setup), prompts, None, max_tokens, limit)]
     else:
         answers = known[:limit]
-    config, target = subject.opened.config, subject.target
+    config, target = setup.opened.config, setup.target
     longest = min(config.max_context, -(-max(len(answer.ids) for answer in answers) // SLOTS) * SLOTS)
     tokens = same = same_answers = 0
     with contextlib.ExitStack() as stack:
@@ -160,7 +160,7 @@ def measure_cache(
             same_answers += _greedy(exact, answer) == _greedy(lossy, answer)
             progress()
     return CacheEffect(
-        model=subject.opened.name,
+        model=setup.opened.name,
         dtype=target.dtype.name,
         prompts=Path(prompts).name,
         date=datetime.date.today().isoformat(),
@@ -221,7 +221,7 @@ def read_answers(path: str | Path) -> list[Answer] | None:
 
 
 def _run(
-    subject: Subject,
+    setup: Setup,
     drafter: Drafter,
     prompts: str | Path,
     known: Sequence[Answer] | None,
@@ -229,10 +229,10 @@ def _run(
     limit: int | None,
 ) -> Iterator[tuple[Answer, list[Proposal]]]:
     """Answer every turn of every prompt through the recording step."""
-    config, target = subject.opened.config, subject.target
+    config, target = setup.opened.config, setup.target
     plan = make_plan(config, dtype=target.dtype, platform=target.platform, drafter=drafter)
     engine = Engine(target, drafter, plan)
-    stop = subject.opened.generation_defaults.eos_token_ids or config.eos_token_ids
+    stop = setup.opened.generation_defaults.eos_token_ids or config.eos_token_ids
     stop = stop[: plan.max_stop_ids]
 
     def answer(ids: Sequence[int], tokens: int, place: str) -> tuple[Answer, list[Proposal]]:
@@ -250,11 +250,11 @@ def _run(
             return
         for record in read_prompts(prompts)[:limit]:
             ask = functools.partial(answer, tokens=max_tokens, place=record.place)
-            yield from _conversation(subject.opened, record, ask)
+            yield from _conversation(setup.opened, record, ask)
 
 
 def _conversation(
-    opened: Opened, record: PromptRecord, answer: Callable[[Sequence[int]], tuple[Answer, list[Proposal]]]
+    opened: OpenModel, record: PromptRecord, answer: Callable[[Sequence[int]], tuple[Answer, list[Proposal]]]
 ) -> Iterator[tuple[Answer, list[Proposal]]]:
     """The turns of one record, each asked after the one before was answered."""
     if record.token_ids is not None:
@@ -276,7 +276,7 @@ def _conversation(
             messages += [{"role": "assistant", "content": text}, {"role": "user", "content": later}]
 
 
-def _drafter(subject: Subject) -> Drafter:
-    if subject.drafter is None:
+def _drafter(setup: Setup) -> Drafter:
+    if setup.drafter is None:
         raise ConfigError("an acceptance profile needs a drafter, found none; ngram or self:K would work")
-    return subject.drafter
+    return setup.drafter

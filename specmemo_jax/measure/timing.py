@@ -33,7 +33,7 @@ from specmemo_jax.planning.calibration import (
     PrefillPoint,
     StepPoint,
 )
-from specmemo_jax.planning.speed import pass_work
+from specmemo_jax.planning.speed import pass_cost
 
 Progress = Callable[[str], object]
 
@@ -159,7 +159,7 @@ def _calibration(
     bandwidth = grid.probe_bytes / seconds["bandwidth"]
     flops = 2 * grid.probe_size**3 / seconds["rate"]
     least = min(grid.nodes)
-    work = pass_work(config, dtype, 1, least, base, least)
+    work = pass_cost(config, dtype, 1, least, base, least)
     drafts: tuple[DraftPoint, ...] = ()
     if drafter is not None:
         drafted = drafter.work(config, target.dtype.itemsize, 1, base)

@@ -27,7 +27,7 @@ def cache_buffer(
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class Cost:
     """What one step's drafting costs a device: passes of a model with ``layers`` in all, floating-point
     operations, and bytes read.
     """

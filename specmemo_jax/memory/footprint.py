@@ -14,14 +14,14 @@ from specmemo_jax.memory.buffers import Buffer, cache_buffer
 from specmemo_jax.memory.passes import (
     FULL,
     DraftCost,
-    Live,
-    Pass,
+    ForwardShape,
+    LiveSet,
     array,
     attention,
     backends,
     head,
-    kept,
     projections,
+    until_commit,
 )
 
 WEIGHTS = "target weights"
@@ -86,7 +86,7 @@ def footprint(
     platform: str,
     groups: Groups,
     chunks: tuple[int, ...],
-    rungs: tuple[int, ...] = (1,),
+    tree_sizes: tuple[int, ...] = (1,),
     shards: int = 1,
     kv_dtype: str | None = None,
     score_nodes: int | None = None,
@@ -105,7 +105,7 @@ def footprint(
         platform: ``"cpu"`` or ``"gpu"``.
         groups: B rows and their S cache slots.
         chunks: prefill widths C.
-        rungs: sizes of tree that a step is compiled for, 1 (plain decoding) and the drafter's.
+        tree_sizes: sizes of tree that a step is compiled for, 1 (plain decoding) and the drafter's.
         shards: devices that split the target; the drafter is whole on each.
         score_nodes: most nodes whose attention scores exist at once, None for all.
         logit_nodes: most nodes whose logits exist at once, None for all.
@@ -128,7 +128,7 @@ def footprint(
 
     programs: dict[str, ProgramFootprint] = {}
     for backend in backends(platform, compute_capability):
-        base = Pass(
+        base = ForwardShape(
             config,
             item,
             backend,
@@ -140,7 +140,7 @@ def footprint(
             quantized=kv_dtype == "int8",
             most=groups.most,
         )
-        found = [_step(base, _limited(drafter, nodes), logit_nodes, policy) for nodes in rungs]
+        found = [_step(base, _limited(drafter, nodes), logit_nodes, policy) for nodes in tree_sizes]
         found += [_prefill(base, drafter, width, policy) for width in chunks]
         found += [_score(base, width) for width in chunks if scoring]
         for program in found:
@@ -161,14 +161,16 @@ def _limited(drafter: DraftCost | None, nodes: int) -> DraftCost | None:
     return None if drafter is None or nodes == 1 else drafter.limited(nodes)
 
 
-def _step(base: Pass, drafter: DraftCost | None, logit_nodes: int | None, policy: str) -> ProgramFootprint:
+def _step(
+    base: ForwardShape, drafter: DraftCost | None, logit_nodes: int | None, policy: str
+) -> ProgramFootprint:
     """Draft, verify, accept, commit: what is drafted with has gone when the target runs, and of the widths
     that one program can verify one runs.
     """
-    nodes, widths = (1, (1,)) if drafter is None else (drafter.num_nodes, drafter.widths)
-    peaks = [live for width in widths for live in _verify(base, drafter, width, logit_nodes, policy)]
+    nodes, verify_buckets = (1, (1,)) if drafter is None else (drafter.num_nodes, drafter.verify_buckets)
+    peaks = [live for width in verify_buckets for live in _verify(base, drafter, width, logit_nodes, policy)]
     if drafter is not None:
-        peaks += drafter.phases(dataclasses.replace(base, nodes=nodes, in_order=_is_chain(drafter)), None)
+        peaks += drafter.live_sets(dataclasses.replace(base, nodes=nodes, in_order=_is_chain(drafter)), None)
     return _program(f"step {nodes}", peaks, _results(base.config))
 
 
@@ -177,9 +179,9 @@ def _is_chain(drafter: DraftCost | None) -> bool:
 
 
 def _verify(
-    base: Pass, drafter: DraftCost | None, nodes: int, logit_nodes: int | None, policy: str
-) -> list[Live]:
-    """Live sets of verification: attention, products, the commit, and the logits by `Layout`."""
+    base: ForwardShape, drafter: DraftCost | None, nodes: int, logit_nodes: int | None, policy: str
+) -> list[LiveSet]:
+    """Live sets of verification: attention, products, the commit, and the logits by `Chunking`."""
     config, batch = base.config, base.rows
     depth = 0 if drafter is None else drafter.max_depth
     verify = dataclasses.replace(base, nodes=nodes, in_order=_is_chain(drafter))
@@ -187,11 +189,13 @@ def _verify(
     item = 1 if base.quantized else base.itemsize
     length = D + FULL if base.quantized else D
     path = array("accepted keys and values", (config.num_layers, 2, batch, kv_heads, depth + 1, length), item)
-    peaks = [*attention(verify), *projections(verify), (*kept(verify), path)]
+    peaks = [*attention(verify), *projections(verify), (*until_commit(verify), path)]
     by_parts = logit_nodes is not None and logit_nodes < nodes
     peaks += head(verify, batch * (logit_nodes if by_parts and logit_nodes else nodes), False, batch)
     *others, drawing = head(verify, batch * (1 if by_parts else nodes), True, batch)
-    if drafter is not None and len(drafter.widths) > 1:  # the branch that runs updates a copy, and copies it
+    if (
+        drafter is not None and len(drafter.verify_buckets) > 1
+    ):  # the branch that runs updates a copy, and copies it
         columns = -(-config.vocab_size // base.shards)
         drawing = (*drawing, array("seen tokens of the branch", (2, batch, columns), FULL, "int32"))
     peaks += (*others, drawing)
@@ -202,7 +206,7 @@ def _verify(
     return peaks
 
 
-def _prefill(base: Pass, drafter: DraftCost | None, width: int, policy: str) -> ProgramFootprint:
+def _prefill(base: ForwardShape, drafter: DraftCost | None, width: int, policy: str) -> ProgramFootprint:
     """A chunk of one row. The drafter reads it in the same program, unordered, so both may live."""
     config = base.config
     read = dataclasses.replace(base, rows=1, nodes=width, slots=base.widest, gathered=base.rows > 1)
@@ -210,19 +214,19 @@ def _prefill(base: Pass, drafter: DraftCost | None, width: int, policy: str) -> 
     seen = array("seen tokens of a row", (-(-config.vocab_size // base.shards),), FULL, "int32")
     peaks = [(*live, seen) for live in (*attention(read), *projections(read))]
     peaks += [(*live, seen, seen, seen) for live in head(read, rows, True, 1)]
-    drafting = () if drafter is None else drafter.phases(base, width)
-    beside: Live = ()
+    drafting = () if drafter is None else drafter.live_sets(base, width)
+    beside: LiveSet = ()
     if drafting and read.on_cpu:
         beside = max(drafting, key=_size)
     elif drafting:  # one after the other, while what the other keeps for its commit waits
         peaks = [(*live, *min(drafting, key=_size)) for live in peaks] + [
-            (*live, *kept(read)) for live in drafting
+            (*live, *until_commit(read)) for live in drafting
         ]
     inputs = array("tokens and settings", (width + 256,), FULL)
     return _program(f"prefill {width}", peaks, (*beside, inputs, *_results(config)))
 
 
-def _score(base: Pass, width: int) -> ProgramFootprint:
+def _score(base: ForwardShape, width: int) -> ProgramFootprint:
     """A prompt's chunk whose every position has its logits, `SCORED_NODES` at a time in a loop."""
     read = dataclasses.replace(base, rows=1, nodes=width, slots=base.widest, gathered=base.rows > 1)
     loop = array("hidden states of all parts", (2, width, base.config.hidden_size), FULL)
@@ -288,15 +292,15 @@ def emitted_shape(batch: int, depth: int) -> tuple[int, int, int]:
     return BURST, batch, depth + 2
 
 
-def _results(config: LlamaConfig) -> Live:
+def _results(config: LlamaConfig) -> LiveSet:
     """What aliases no argument: a token, and the table of a tuple's pointers."""
     pointers = 2 * config.num_layers + 64
     return (Buffer("table of results", (pointers,), "pointers", 8 * pointers),)
 
 
-def _program(name: str, peaks: list[Live], always: Live) -> ProgramFootprint:
+def _program(name: str, peaks: list[LiveSet], always: LiveSet) -> ProgramFootprint:
     return ProgramFootprint(name, (*max(peaks, key=_size), *always))
 
 
-def _size(live: Live) -> int:
+def _size(live: LiveSet) -> int:
     return sum(buffer.bytes for buffer in live)

@@ -15,9 +15,9 @@ from typing import Protocol, runtime_checkable
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.kv import Groups
 from specmemo_jax.llama.tiles import tiled_rows
-from specmemo_jax.memory.buffers import Buffer, Work
+from specmemo_jax.memory.buffers import Buffer, Cost
 
-Live = tuple[Buffer, ...]  # buffers that exist at once
+LiveSet = tuple[Buffer, ...]  # buffers that exist at once
 
 FULL = 4  # bytes of float32 and int32
 CUBLAS_WORKSPACE = (
@@ -30,7 +30,7 @@ YNN_ROWS = 4096  # rows of scores from which XLA's CPU backend reduces them with
 
 
 @dataclasses.dataclass(frozen=True)
-class Pass:
+class ForwardShape:
     """One pass: ``rows`` B of ``nodes`` T over ``slots`` S of cache, by one of `backends`.
 
     Where rows lie in groups, ``slots`` is a row's on average, rounded up, and ``most`` the widest's.
@@ -109,7 +109,7 @@ def array(name: str, shape: tuple[int, ...], itemsize: int, dtype: str | None = 
     return Buffer(name, shape, kind, math.prod(shape) * itemsize)
 
 
-def kept(p: Pass) -> Live:
+def until_commit(p: ForwardShape) -> LiveSet:
     """What lives from the first layer to the commit: new keys and values, rotary tables, small integers."""
     c, R = p.config, p.all_nodes
     N, K = p.heads
@@ -121,10 +121,10 @@ def kept(p: Pass) -> Live:
     else:
         new = array("new keys and values", (p.depth, 2, R, K, c.head_dim), p.itemsize)
     tables = array("rotary tables", (2, R, c.head_dim), FULL)
-    return new, tables, small(p)
+    return new, tables, bookkeeping(p)
 
 
-def small(p: Pass) -> Buffer:
+def bookkeeping(p: ForwardShape) -> Buffer:
     """Tree, ancestor mask, positions, lengths, acceptance, and each buffer's alignment: a bound."""
     per_node = 2 * (p.seen or p.nodes) + 64 + 8 * min(p.nodes, 16)
     bytes_ = (
@@ -133,7 +133,7 @@ def small(p: Pass) -> Buffer:
     return Buffer("masks, trees, alignment", (p.rows, p.nodes, p.seen or p.nodes), "small", bytes_)
 
 
-def packing(p: Pass) -> Buffer:
+def fragmentation(p: ForwardShape) -> Buffer:
     """Room that XLA's heap leaves between buffers of different sizes: a residual, and half of one on CPU
     unless a row's cache is copied or a loop runs.
     """
@@ -142,13 +142,13 @@ def packing(p: Pass) -> Buffer:
     return Buffer("packing", (), "padding", size // 2 if half else size)
 
 
-def workspace(p: Pass) -> Buffer:
+def workspace(p: ForwardShape) -> Buffer:
     """cuBLAS' for one product; Triton's kernels take none."""
     size = CUBLAS_WORKSPACE if p.backend == "cublas" else 0
     return Buffer("workspace", (size,), "int8", size)
 
 
-def _query_rows(p: Pass, rows: int) -> int:
+def _query_rows(p: ForwardShape, rows: int) -> int:
     """Rows of a KV head's score matrix for ``rows`` of queries: two at least (`tree_attention`), and whole
     tensor-core tiles where cuBLAS multiplies 16-bit values.
     """
@@ -157,7 +157,7 @@ def _query_rows(p: Pass, rows: int) -> int:
     return -(-rows // 8) * 8 if p.backend == "cublas" else max(2, rows)
 
 
-def attention(p: Pass) -> tuple[Live, ...]:
+def attention(p: ForwardShape) -> tuple[LiveSet, ...]:
     """Live sets of one layer's attention, the layer's own new keys and values counted by `kept`."""
     c, R, S = p.config, p.all_nodes, p.slots
     N, K = p.heads
@@ -171,14 +171,14 @@ def attention(p: Pass) -> tuple[Live, ...]:
     item = (
         FULL if p.on_cpu else p.itemsize
     )  # a row's values, which XLA's CPU backend converts while it copies
-    copies: Live = ()
+    copies: LiveSet = ()
     if p.gathered and p.quantized:
         copies = tuple(
             array(f"row's {what}, scales", (K, S, D + FULL), 1, "int8") for what in ("keys", "values")
         )
     elif p.gathered:
         copies = (array("row's keys", (K, S, D), p.itemsize), array("row's values", (K, S, D), item))
-    base = (*kept(p), residual, packing(p))
+    base = (*until_commit(p), residual, fragmentation(p))
     as_keys = as_values = ()
     if p.quantized and p.backend != "triton":  # which converts what it reads; others need a layer's in whole
         as_keys, as_values = (
@@ -192,7 +192,7 @@ def attention(p: Pass) -> tuple[Live, ...]:
         base = (*base, loop, array("new keys and values for all parts", (2, R, K, D), FULL), *copies)
         copies = ()
     if not p.on_cpu:
-        weights: Live = ()
+        weights: LiveSet = ()
         if p.itemsize < FULL:
             weights = (array("weights of the cache", (queried, S), p.itemsize),)
         elif p.backend == "cublas":  # whose results come in a tuple, and are not overwritten
@@ -206,8 +206,8 @@ def attention(p: Pass) -> tuple[Live, ...]:
         )
     # A chain's new keys are whole arrays already; elsewhere they are rearranged, as values are.
     ready = p.itemsize == FULL and p.in_order and p.rows > 1
-    near: Live = (array("new keys and values for their scores", (1 if ready else 2, R, K, D), FULL),)
-    values: Live = (array("new values for their scores", (R, K, D), FULL),)
+    near: LiveSet = (array("new keys and values for their scores", (1 if ready else 2, R, K, D), FULL),)
+    values: LiveSet = (array("new values for their scores", (R, K, D), FULL),)
     if p.parted:
         near = values = ()
     turned = array("queries", (queried, D), FULL)
@@ -227,7 +227,7 @@ def attention(p: Pass) -> tuple[Live, ...]:
     return both, (*base, *values, scores, again, among, *copies[1:])
 
 
-def projections(p: Pass) -> tuple[Live, ...]:
+def projections(p: ForwardShape) -> tuple[LiveSet, ...]:
     """Live sets at a layer's matrix products: QKV, attention's output, gate and up, down."""
     c, R, m = p.config, p.all_nodes, p.shards
     N, K = p.heads
@@ -239,7 +239,7 @@ def projections(p: Pass) -> tuple[Live, ...]:
     active = array("gated", (P, F), p.itemsize)
     qkv = array("queries, keys and values", (P, (N + 2 * K) * D), FULL)
     turned = array("turned queries and keys", (R, (N + K) * D), FULL)
-    base = (*kept(p), residual, packing(p))
+    base = (*until_commit(p), residual, fragmentation(p))
     if p.parted:
         base = (*base, array("results of all parts, empty", (R, N, D), FULL))
     if p.on_cpu:
@@ -250,7 +250,7 @@ def projections(p: Pass) -> tuple[Live, ...]:
             live.append((*base, down, array("sum over devices", (R, H), FULL)))
         return tuple(live)
     final = array("final hidden states", (R, H), FULL)
-    sums: Live = (array("output's parts", (_splits(p, R, H, N * D), R, H), FULL),)
+    sums: LiveSet = (array("output's parts", (_splits(p, R, H, N * D), R, H), FULL),)
     if m > 1:
         # A sum over devices is added to the residual when the residual is next written; small ones wait.
         waiting = 3 if R * H < WAITING_SUMS else 1
@@ -264,7 +264,7 @@ def projections(p: Pass) -> tuple[Live, ...]:
     )
 
 
-def head(p: Pass, rows: int, sampled: bool, draws: int) -> tuple[Live, ...]:
+def head(p: ForwardShape, rows: int, sampled: bool, draws: int) -> tuple[LiveSet, ...]:
     """Live sets at the logits of ``rows`` nodes, from which ``draws`` rows are then sampled; fewer rows than
     the pass has nodes are computed by parts, with the others' hidden states waiting.
     """
@@ -272,7 +272,7 @@ def head(p: Pass, rows: int, sampled: bool, draws: int) -> tuple[Live, ...]:
     V = -(-c.vocab_size // p.shards)
     hidden = array("final hidden states", (rows, c.hidden_size), p.itemsize)
     scores = array("logits", (p.product_rows(rows), V), FULL)
-    base = (*kept(p), scores, packing(p))
+    base = (*until_commit(p), scores, fragmentation(p))
     if rows < p.all_nodes:
         base = (*base, array("final hidden states of all nodes", (p.all_nodes, c.hidden_size), FULL))
     live = [(*base, hidden, *(() if p.on_cpu else (workspace(p),)))]
@@ -283,7 +283,7 @@ def head(p: Pass, rows: int, sampled: bool, draws: int) -> tuple[Live, ...]:
     return tuple(live)
 
 
-def _splits(p: Pass, rows: int, out: int, inner: int) -> int:
+def _splits(p: ForwardShape, rows: int, out: int, inner: int) -> int:
     """Most parts of a product ``[rows, inner] x [inner, out]`` that XLA sums apart under Triton."""
     if p.backend != "triton" or inner < 0.6 * out:
         return 1
@@ -291,7 +291,7 @@ def _splits(p: Pass, rows: int, out: int, inner: int) -> int:
     return min(SPLITS, 2 ** (room.bit_length() - 1))
 
 
-def _product(p: Pass, name: str, rows: int, out: int, inner: int) -> Buffer:
+def _product(p: ForwardShape, name: str, rows: int, out: int, inner: int) -> Buffer:
     """A GPU product's float32 result, in its parts, or with cuBLAS' workspace."""
     parts = _splits(p, rows, out, inner)
     plain = rows * out * FULL
@@ -313,7 +313,7 @@ class DraftCost(Protocol):
         ...
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def verify_buckets(self) -> tuple[int, ...]:
         """Numbers of nodes that verification is compiled for, rising to ``num_nodes``."""
         ...
 
@@ -323,15 +323,15 @@ class DraftCost(Protocol):
         ...
 
     @property
-    def rungs(self) -> tuple[int, ...]:
+    def tree_sizes(self) -> tuple[int, ...]:
         """Sizes of tree to move between, rising to ``num_nodes``."""
         ...
 
     def limited(self, num_nodes: int) -> "DraftCost":
-        """The same on the same state, with the trees of another of its `rungs`."""
+        """The same on the same state, with the trees of another of its `tree_sizes`."""
         ...
 
-    def work(self, config: LlamaConfig, itemsize: int, batch: int, length: int) -> Work:
+    def work(self, config: LlamaConfig, itemsize: int, batch: int, length: int) -> Cost:
         """What drafting costs a step."""
         ...
 
@@ -339,7 +339,7 @@ class DraftCost(Protocol):
         """Device buffers it keeps for rows of so many positions, weights included."""
         ...
 
-    def phases(self, target: Pass, chunk: int | None) -> tuple[Live, ...]:
+    def live_sets(self, target: ForwardShape, chunk: int | None) -> tuple[LiveSet, ...]:
         """Sets of buffers that live at once while it drafts beside a target whose verification is ``target``;
         ``chunk``: while it reads so much of a prompt.
         """

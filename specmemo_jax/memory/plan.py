@@ -9,7 +9,7 @@ import math
 
 import jax.numpy as jnp
 
-from specmemo_jax.devices.compiled import Proof
+from specmemo_jax.devices.compiled import CompiledCheck
 from specmemo_jax.devices.table import DeviceSpec
 from specmemo_jax.errors import CapacityError, ConfigError
 from specmemo_jax.llama.config import LlamaConfig
@@ -69,8 +69,8 @@ class MemoryPlan:
     rows have the same; such rows' slots are fewer (`groups_at`).
     ``scoring``: the plan holds while given tokens are scored (`specmemo_jax.decode.score`), too.
     ``chunks``: prefill widths C, largest first.
-    ``tree_nodes``: T, 1 without a drafter. ``rungs``: trees to move between, rising from 1 (plain
-    decoding) to T. ``score_nodes``, ``logit_nodes``: see `specmemo_jax.decode.step.Layout`.
+    ``tree_nodes``: T, 1 without a drafter. ``tree_sizes``: trees to move between, rising from 1 (plain
+    decoding) to T. ``score_nodes``, ``logit_nodes``: see `specmemo_jax.decode.step.Chunking`.
     ``footprint`` holds at the largest capacity, in bytes a device of ``shards``.
     """
 
@@ -86,7 +86,7 @@ class MemoryPlan:
     chunks: tuple[int, ...]
     drafter: DraftCost | None
     tree_nodes: int
-    rungs: tuple[int, ...]
+    tree_sizes: tuple[int, ...]
     max_depth: int
     score_nodes: int | None
     logit_nodes: int | None
@@ -97,7 +97,7 @@ class MemoryPlan:
     workload: Workload | None = None
     expected: Expected | None = None
     bounds: Bounds | None = None
-    proof: Proof | None = None
+    proof: CompiledCheck | None = None
     groups: tuple[tuple[int, int], ...] = ()
     scoring: bool = False
 
@@ -264,7 +264,7 @@ def lay_out(
         chunks=chunks,
         drafter=drafter,
         tree_nodes=1 if drafter is None else drafter.num_nodes,
-        rungs=(1,) if drafter is None else (1, *drafter.rungs),
+        tree_sizes=(1,) if drafter is None else (1, *drafter.tree_sizes),
         max_depth=depth,
         score_nodes=score_nodes,
         logit_nodes=logit_nodes,
@@ -302,7 +302,7 @@ def _priced(plan: MemoryPlan, capacities: tuple[int, ...]) -> MemoryPlan:
         platform=plan.platform,
         groups=plan.groups_at(capacities[-1]),
         chunks=plan.chunks,
-        rungs=plan.rungs,
+        tree_sizes=plan.tree_sizes,
         shards=plan.shards,
         kv_dtype=plan.kv_dtype,
         score_nodes=plan.score_nodes,

@@ -12,7 +12,7 @@ from specmemo_jax.errors import ConfigError
 from specmemo_jax.files.cache_dir import cache_dir
 from specmemo_jax.files.json_files import Reader, file_name, write_json
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.memory.buffers import Work
+from specmemo_jax.memory.buffers import Cost
 
 FORMAT = 1
 _PACKAGES = ("jax", "jaxlib", "specmemo-jax")
@@ -66,12 +66,12 @@ class PrefillPoint:
 
 @dataclasses.dataclass(frozen=True)
 class DraftPoint:
-    """Seconds of one row's drafting in a step, and the `Work` that the drafter says it is."""
+    """Seconds of one row's drafting in a step, and the `Cost` that the drafter says it is."""
 
     drafter: str
     nodes: int
     capacity: int
-    work: Work
+    work: Cost
     seconds: float
 
 
@@ -180,6 +180,6 @@ def _read_draft(reader: Reader) -> DraftPoint:
         drafter=reader.text("drafter"),
         nodes=reader.count("nodes"),
         capacity=reader.count("capacity"),
-        work=Work(work.whole("layers"), work.amount("flops"), work.amount("bytes")),
+        work=Cost(work.whole("layers"), work.amount("flops"), work.amount("bytes")),
         seconds=reader.positive("seconds"),
     )

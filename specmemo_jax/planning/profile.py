@@ -24,7 +24,7 @@ Counts = tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Signal:
+class MatchStrength:
     """Steps in which the drafter knew equally much: ``strength`` is what it tells a ladder.
 
     For n-grams the number of tokens that matched, 0 where nothing did. A drafter without such a
@@ -39,7 +39,7 @@ class Signal:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rung:
+class StrengthTree:
     """What a drafter proposes from a strength on: a tree (``parents[0] = 0``, parents before children),
     verified in a pass of ``width`` nodes.
     """
@@ -50,7 +50,7 @@ class Rung:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outlook:
+class ExpectedAcceptance:
     """What a step is expected to bring: ``accepted_length`` tokens (bonus token counted), and how often
     its verification is how wide: ``(width, share of steps)``, rising. ``source`` says where from.
     """
@@ -72,7 +72,7 @@ class Outlook:
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredShape:
-    """A drafter's shape as it was run, ``depth`` levels below the root; ``ladder`` and ``least_chance`` as
+    """A drafter's shape as it was run, ``depth`` levels below the root; ``ladder`` and ``min_hit_rate`` as
     n-grams have them. ``outcomes`` are ``(width verified, steps, tokens that they brought)``.
     """
 
@@ -80,7 +80,7 @@ class MeasuredShape:
     depth: int
     branches: int
     ladder: tuple[tuple[int, int], ...]
-    least_chance: float
+    min_hit_rate: float
     outcomes: tuple[tuple[int, int, int], ...]
 
     @property
@@ -89,9 +89,9 @@ class MeasuredShape:
         return sum(steps for _, steps, _ in self.outcomes)
 
     @property
-    def outlook(self) -> Outlook:
+    def expected_acceptance(self) -> ExpectedAcceptance:
         """The measured means."""
-        return Outlook(
+        return ExpectedAcceptance(
             accepted_length=sum(tokens for _, _, tokens in self.outcomes) / self.steps,
             widths=tuple((width, steps / self.steps) for width, steps, _ in sorted(self.outcomes)),
             source=f"measured over {self.steps} steps",
@@ -107,7 +107,7 @@ class AcceptanceProfile:
     dtype: str
     prompts: str
     date: str
-    signals: tuple[Signal, ...]
+    signals: tuple[MatchStrength, ...]
     shapes: tuple[MeasuredShape, ...] = ()
 
     @property
@@ -152,7 +152,7 @@ class AcceptanceProfile:
             table.append(tuple(row))
         return tuple(table)
 
-    def chances_at(self, signal: Signal) -> Chances:
+    def chances_at(self, signal: MatchStrength) -> Chances:
         """`chances` in the steps of one signal, smoothed with `PSEUDO_COUNT` candidates at the chances of
         all; zero everywhere where no step had a candidate.
         """
@@ -170,7 +170,7 @@ class AcceptanceProfile:
             )
         return tuple(table)
 
-    def expected_length(self, parents: Sequence[int], signal: Signal | None = None) -> float:
+    def expected_length(self, parents: Sequence[int], signal: MatchStrength | None = None) -> float:
         """Expected tokens of a step with this tree, bonus token counted: 1 + the sum over nodes of the
         product of chances along the node's path. Siblings rank in their order. ``signal`` restricts it
         to steps of that strength. Raises ConfigError for parents that do not come before their children.
@@ -178,8 +178,8 @@ class AcceptanceProfile:
         chances = self.chances if signal is None else self.chances_at(signal)
         return 1.0 + sum(_path_chances(chances, parents))
 
-    def outlook(self, rungs: Sequence[Rung]) -> Outlook:
-        """What a step brings with a ladder of rungs rising in strength; one of strength 0 is a fixed tree.
+    def expected_acceptance(self, tree_sizes: Sequence[StrengthTree]) -> ExpectedAcceptance:
+        """What a step brings with trees that rise in least strength; one of strength 0 is a fixed tree.
         What a drafter learns of its guesses as a text goes on is not in it.
 
         Steps weaker than the first rung are plain decoding: width 1, one token.
@@ -187,11 +187,11 @@ class AcceptanceProfile:
         length, shares = 0.0, {}
         for signal in self.signals:
             share = signal.steps / max(self.steps, 1)
-            fitting = [rung for rung in rungs if rung.least_strength <= signal.strength]
+            fitting = [rung for rung in tree_sizes if rung.least_strength <= signal.strength]
             width = fitting[-1].width if fitting else 1
             length += share * (self.expected_length(fitting[-1].parents, signal) if fitting else 1.0)
             shares[width] = shares.get(width, 0.0) + share
-        return Outlook(length, tuple(sorted(shares.items())), f"estimated from {self.source}")
+        return ExpectedAcceptance(length, tuple(sorted(shares.items())), f"estimated from {self.source}")
 
     def measured(
         self,
@@ -199,10 +199,10 @@ class AcceptanceProfile:
         depth: int,
         branches: int,
         ladder: Sequence[tuple[int, int]] = (),
-        least_chance: float = 0.0,
+        min_hit_rate: float = 0.0,
     ) -> MeasuredShape | None:
         """The shape as it was run, where it was."""
-        wanted = MeasuredShape(nodes, depth, branches, tuple(ladder), least_chance, ())
+        wanted = MeasuredShape(nodes, depth, branches, tuple(ladder), min_hit_rate, ())
         return next((s for s in self.shapes if dataclasses.replace(s, outcomes=()) == wanted), None)
 
     def save(self, path: Path) -> None:
@@ -264,9 +264,9 @@ def _path_chances(chances: Chances, parents: Sequence[int]) -> list[float]:
     return reached[1:]
 
 
-def _read_signal(reader: Reader) -> Signal:
+def _read_signal(reader: Reader) -> MatchStrength:
     seen, accepted = reader.table("seen"), reader.table("accepted")
-    signal = Signal(reader.whole("strength"), reader.whole("steps"), seen, accepted)
+    signal = MatchStrength(reader.whole("strength"), reader.whole("steps"), seen, accepted)
     reader.check([*map(len, seen)] == [*map(len, accepted)], "seen and accepted differ in shape")
     pairs = [pair for rows in zip(seen, accepted, strict=True) for pair in zip(*rows, strict=True)]
     reader.check(all(a <= s for s, a in pairs), "more was accepted than seen")
@@ -277,12 +277,14 @@ def _read_signal(reader: Reader) -> Signal:
 def _read_shape(reader: Reader) -> MeasuredShape:
     ladder: Any = reader.table("ladder", 2)
     outcomes: Any = reader.table("outcomes", 3)
+    # Older files have the rate by another name, or not at all.
+    names = (name for name in ("min_hit_rate", "least_chance") if name in reader.fields)
     shape = MeasuredShape(
         reader.count("nodes"),
         reader.count("depth"),
         reader.count("branches"),
         ladder,
-        reader.amount("least_chance") if "least_chance" in reader.fields else 0.0,  # older files have none
+        next(map(reader.amount, names), 0.0),
         outcomes,
     )
     reader.check(shape.steps > 0, "holds no steps")

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from specmemo_jax.devices.compiled import Proof, compiled_memory
+from specmemo_jax.devices.compiled import CompiledCheck, compiled_memory
 from specmemo_jax.devices.described import described_devices
 from specmemo_jax.devices.table import DeviceSpec
 from specmemo_jax.draft import Drafter
@@ -21,7 +21,7 @@ from specmemo_jax.mesh.axes import model_mesh
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class CompileTarget:
     """What is compiled for: ``devices`` of a mesh, or None for JAX's default device."""
 
     name: str
@@ -30,7 +30,7 @@ class Place:
     devices: tuple[Any, ...] | None = None
 
 
-def place_for(spec: DeviceSpec, dtype: str, shards: int = 1) -> Place:
+def compile_target_for(spec: DeviceSpec, dtype: str, shards: int = 1) -> CompileTarget:
     """Where plans for a device can be compiled: on it if it is the one that JAX runs on, for its description
     if it is a CUDA GPU, else on the CPU in its stead (in bfloat16 for float16, which XLA's CPU backend
     converts to float32 as a whole).
@@ -40,29 +40,35 @@ def place_for(spec: DeviceSpec, dtype: str, shards: int = 1) -> Place:
     live = jax.devices()
     if spec.platform != "cpu" and live[0].platform != "cpu" and live[0].device_kind == spec.name:
         _enough(len(live), shards, spec.name)
-        return Place(spec.name, "gpu", dtype, None if shards == 1 else tuple(live[:shards]))
+        return CompileTarget(spec.name, "gpu", dtype, None if shards == 1 else tuple(live[:shards]))
     if spec.platform == "cuda":
-        return Place(f"{spec.name} (described)", "gpu", dtype, tuple(described_devices(spec.slug, shards)))
+        return CompileTarget(
+            f"{spec.name} (described)", "gpu", dtype, tuple(described_devices(spec.slug, shards))
+        )
     cpus = jax.devices("cpu")
     _enough(len(cpus), shards, "cpu")
     name = "cpu" if spec.platform == "cpu" else f"cpu, in place of {spec.name}"
     dtype = "bfloat16" if dtype == "float16" else dtype
     devices = None if shards == 1 and live[0].platform == "cpu" else tuple(cpus[:shards])
-    return Place(name, "cpu", dtype, devices)
+    return CompileTarget(name, "cpu", dtype, devices)
 
 
-def prove(plan: MemoryPlan, place: Place, progress: Callable[[str], object] = lambda _: None) -> MemoryPlan:
-    """The plan with its `Proof`; ``progress`` is told each program's name before it is compiled."""
+def prove(
+    plan: MemoryPlan, place: CompileTarget, progress: Callable[[str], object] = lambda _: None
+) -> MemoryPlan:
+    """The plan with its `CompiledCheck`; ``progress`` is told each program's name before it is compiled."""
     programs, extras = programs_for(plan, place), []
     for name, lower in lowerings(programs):
         progress(name)
         extras.append((name, compiled_memory(programs.compile(lower())).extra))
     persistent = sum(b.bytes for b in plan.buffers) - plan.weights_bytes
     most = max(size for _, size in extras)
-    return dataclasses.replace(plan, proof=Proof(place.name, place.dtype, tuple(extras), persistent + most))
+    return dataclasses.replace(
+        plan, proof=CompiledCheck(place.name, place.dtype, tuple(extras), persistent + most)
+    )
 
 
-def programs_for(plan: MemoryPlan, place: Place) -> Programs:
+def programs_for(plan: MemoryPlan, place: CompileTarget) -> Programs:
     """A plan's programs from shapes alone, to be lowered for a place."""
     target = abstract_target(plan.config, jnp.dtype(place.dtype), place.platform, plan.shards)
     assert plan.drafter is None or isinstance(plan.drafter, Drafter)

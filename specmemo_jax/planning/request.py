@@ -29,9 +29,15 @@ from specmemo_jax.memory.workload import Workload
 from specmemo_jax.mesh.axes import check_shards
 from specmemo_jax.planning import cache_effect
 from specmemo_jax.planning.calibration import Fingerprint, find_calibration, fingerprint
-from specmemo_jax.planning.expected import outlook
-from specmemo_jax.planning.profile import AcceptanceProfile, Outlook, find_profile, profile_file, user_folder
-from specmemo_jax.planning.search import Option, Task, candidates, frontier, search
+from specmemo_jax.planning.expected import expected_acceptance
+from specmemo_jax.planning.profile import (
+    AcceptanceProfile,
+    ExpectedAcceptance,
+    find_profile,
+    profile_file,
+    user_folder,
+)
+from specmemo_jax.planning.search import Candidate, PlanRequest, candidates, frontier, search
 from specmemo_jax.planning.speed import SpeedModel, calibrated, roofline
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -44,7 +50,7 @@ ASSUMED_CHANCE = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
-class Named:
+class ModelRef:
     """A model that is planned for: its config, and the name that measurements are kept under."""
 
     name: str
@@ -55,8 +61,8 @@ class Named:
 class Planning:
     """Everything a plan is searched with."""
 
-    task: Task
-    options: tuple[Option, ...]
+    task: PlanRequest
+    options: tuple[Candidate, ...]
     speed: SpeedModel
     budget: int | None = None
 
@@ -100,22 +106,22 @@ def planning_for(
     workload = workload_for(named.config, batch, context, prompt_tokens, new_tokens)
     kv_dtype = kv_dtype_for(kv_cache_dtype)
     cache = cache_source(named.name, kv_dtype)
-    task = Task(named.config, chosen, spec, workload, shards, policy, kv_dtype, cache)
+    task = PlanRequest(named.config, chosen, spec, workload, shards, policy, kv_dtype, cache)
     draft = drafter_named(drafter, tree_nodes, named.config, task)
-    options = options_for(draft, named.name, task, tree_nodes)
+    options = candidates_for(draft, named.name, task, tree_nodes)
     return Planning(task, options, speed_for(task, named.name), budget)
 
 
-def named_config(model: str | Path) -> Named:
+def named_config(model: str | Path) -> ModelRef:
     """The config of a zoo name, a folder with ``config.json`` or a checkpoint; weights are not needed."""
     entry = zoo_entry(model) if isinstance(model, str) else None
     if entry is not None:
-        return Named(entry.name, entry.config)
+        return ModelRef(entry.name, entry.config)
     path = Path(model).expanduser()
     if path.is_dir() and (path / "config.json").is_file():
-        return Named(str(model), LlamaConfig.from_json(path / "config.json"))
+        return ModelRef(str(model), LlamaConfig.from_json(path / "config.json"))
     if path.is_file() and path.suffix == ".json":
-        return Named(str(model), LlamaConfig.from_json(path))
+        return ModelRef(str(model), LlamaConfig.from_json(path))
     if not path.exists() and isinstance(model, str) and is_hub_id(model):
         raise ModelNotFoundError(
             f"{model} would have to be fetched to be planned for; `specmemo pull {model}` and then "
@@ -123,7 +129,7 @@ def named_config(model: str | Path) -> Named:
         )
     from specmemo_jax.checkpoints import open_checkpoint
 
-    return Named(str(model), open_checkpoint(resolve(model, download=False).path).config)
+    return ModelRef(str(model), open_checkpoint(resolve(model, download=False).path).config)
 
 
 def workload_for(
@@ -176,9 +182,9 @@ def cache_source(model: str, kv_dtype: str | None) -> str:
 
 
 def drafter_named(
-    drafter: Drafter | str | Path | None, tree_nodes: int | None, config: LlamaConfig, task: Task
+    drafter: Drafter | str | Path | None, tree_nodes: int | None, config: LlamaConfig, task: PlanRequest
 ) -> Drafter | str | None:
-    """What `options_for` takes: ``"auto"`` and ``"ngram"`` stay open, a model's name becomes its shapes."""
+    """For `candidates_for`: ``"auto"`` and ``"ngram"`` stay open, a model's name becomes its shapes."""
     if drafter in ("auto", "ngram"):
         return str(drafter)
     if is_model_name(drafter):
@@ -203,20 +209,20 @@ def drafter_named(
     return made
 
 
-def options_for(
-    drafter: Drafter | str | None, model: str, task: Task, tree_nodes: int | None = None
-) -> tuple[Option, ...]:
+def candidates_for(
+    drafter: Drafter | str | None, model: str, task: PlanRequest, tree_nodes: int | None = None
+) -> tuple[Candidate, ...]:
     """Drafters to choose among: for ``"auto"`` n-gram trees and none, for a name or an object that one."""
     if drafter is None:
-        return (Option(),)
+        return (Candidate(),)
     if isinstance(drafter, str):
         trees = _ngrams(task, tree_nodes)
-        plain = (Option(),) if drafter == "auto" else ()
-        return (*plain, *(Option(tree, outlook_of(tree, model)) for tree in trees))
-    return (Option(drafter, outlook_of(drafter, model)),)
+        plain = (Candidate(),) if drafter == "auto" else ()
+        return (*plain, *(Candidate(tree, find_expected_acceptance(tree, model)) for tree in trees))
+    return (Candidate(drafter, find_expected_acceptance(drafter, model)),)
 
 
-def _ngrams(task: Task, tree_nodes: int | None) -> list[NgramDrafter]:
+def _ngrams(task: PlanRequest, tree_nodes: int | None) -> list[NgramDrafter]:
     usual = make_drafter("ngram", tree_nodes, platform=task.platform, dtype=task.dtype)
     assert isinstance(usual, NgramDrafter)
     if tree_nodes is not None:
@@ -226,21 +232,21 @@ def _ngrams(task: Task, tree_nodes: int | None) -> list[NgramDrafter]:
     return [NgramDrafter(nodes) for nodes in NGRAM_NODES]
 
 
-def outlook_of(drafter: Drafter, model: str) -> Outlook:
+def find_expected_acceptance(drafter: Drafter, model: str) -> ExpectedAcceptance:
     """What a step of ``drafter`` is expected to bring on ``model``: as measured for it, else as measured for
     the default model, else assumed; its ``source`` says which.
     """
     profile = stored_profile(model, drafter.name)
     if profile is not None:
-        return outlook(profile, drafter)
+        return expected_acceptance(profile, drafter)
     if isinstance(drafter, NgramDrafter):  # what repeats depends on the text more than on the model
         borrowed = stored_profile(DEFAULT_MODEL, drafter.name)
         if borrowed is not None:
-            found = outlook(borrowed, drafter)
+            found = expected_acceptance(borrowed, drafter)
             return dataclasses.replace(found, source=f"borrowed: {found.source}")
     chance = ASSUMED_CHANCE
     length = sum(chance**depth for depth in range(drafter.max_depth + 1))
-    return Outlook(
+    return ExpectedAcceptance(
         length,
         ((drafter.num_nodes, 1.0),),
         f"assumed: {chance:.0%} of a draft's guesses accepted; `specmemo calibrate --prompts` measures it",
@@ -258,7 +264,7 @@ def profile_folders(model: str) -> tuple[Path, ...]:
     return (user_folder(model), *(() if entry is None else (entry.folder / "profiles",)))
 
 
-def speed_for(task: Task, model: str) -> SpeedModel:
+def speed_for(task: PlanRequest, model: str) -> SpeedModel:
     """What was measured for this device, model, dtype and versions; else the device's roofline.
 
     With an int8 cache nothing is measured, and the roofline counts its bytes; where the compiler converts a

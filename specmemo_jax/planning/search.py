@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from specmemo_jax.devices.table import DeviceSpec
 from specmemo_jax.errors import BudgetError, CapacityError
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.memory.buffers import Work
+from specmemo_jax.memory.buffers import Cost
 from specmemo_jax.memory.passes import DraftCost
 from specmemo_jax.memory.plan import Bounds, Expected, MemoryPlan, lay_out
 from specmemo_jax.memory.workload import SLOTS, Workload, groups_for
-from specmemo_jax.planning.profile import Outlook
+from specmemo_jax.planning.profile import ExpectedAcceptance
 from specmemo_jax.planning.speed import SpeedModel, tokens_per_second
 
 BATCHES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)  # to choose a batch among
@@ -27,19 +27,19 @@ KEPT = 0.96  # of the best throughput, at the lower bound
 CHUNKS = ((256, 64), (128, 32), (64, 32), (32,))
 SCORE_NODES = (None, 32)
 LOGIT_NODES = (None, 8)
-PLAIN = Outlook(1.0, ((1, 1.0),), "plain decoding")
+PLAIN = ExpectedAcceptance(1.0, ((1, 1.0),), "plain decoding")
 
 
 @dataclasses.dataclass(frozen=True)
-class Option:
+class Candidate:
     """A drafter that may be chosen, None for plain decoding, and what a step of it is expected to bring."""
 
     drafter: DraftCost | None = None
-    outlook: Outlook = PLAIN
+    expected_acceptance: ExpectedAcceptance = PLAIN
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class PlanRequest:
     """What a plan is asked for, beside budget and drafters: bytes and times are a device's of ``shards``."""
 
     config: LlamaConfig
@@ -63,7 +63,7 @@ class Task:
         return self.workload.context or self.workload.tokens
 
 
-def candidates(task: Task, options: Sequence[Option], speed: SpeedModel) -> list[MemoryPlan]:
+def candidates(task: PlanRequest, options: Sequence[Candidate], speed: SpeedModel) -> list[MemoryPlan]:
     """Every plan worth considering for the task's least context, each with what is expected of it."""
     if task.workload.context is None and task.context > task.config.max_context:
         raise CapacityError(
@@ -79,7 +79,7 @@ def candidates(task: Task, options: Sequence[Option], speed: SpeedModel) -> list
         if logits is None or _nodes(option) > logits
     ]
     speeds = [_speed(plan, option, task, speed) for option, plan in plans]
-    alone = Option()
+    alone = Candidate()
     plain = max(_speed(_lay_out(task, alone, task.context, c), alone, task, speed) for c in CHUNKS[some])
     return [
         dataclasses.replace(
@@ -87,9 +87,9 @@ def candidates(task: Task, options: Sequence[Option], speed: SpeedModel) -> list
             expected=Expected(
                 tokens_per_second=rate,
                 vanilla_tokens_per_second=plain,
-                accepted_length=option.outlook.accepted_length,
+                accepted_length=option.expected_acceptance.accepted_length,
                 speed_source=speed.source,
-                acceptance_source=option.outlook.source,
+                acceptance_source=option.expected_acceptance.source,
                 cache_source=task.cache_source,
             ),
         )
@@ -116,7 +116,9 @@ def best_within(plans: Sequence[MemoryPlan], budget: int) -> MemoryPlan | None:
     return min(fitting, key=lambda plan: (-_rate(plan), plan.peak_bytes), default=None)
 
 
-def search(task: Task, options: Sequence[Option], speed: SpeedModel, budget: int | None = None) -> MemoryPlan:
+def search(
+    task: PlanRequest, options: Sequence[Candidate], speed: SpeedModel, budget: int | None = None
+) -> MemoryPlan:
     """The plan of most expected tokens a second whose peak fits ``budget`` bytes a device (None: its memory).
 
     A context that was asked for is kept; an open one is the largest that fits, for the drafter and shapes
@@ -145,7 +147,9 @@ def search(task: Task, options: Sequence[Option], speed: SpeedModel, budget: int
     return dataclasses.replace(best, bounds=found)
 
 
-def _search_batch(task: Task, options: Sequence[Option], speed: SpeedModel, budget: int | None) -> MemoryPlan:
+def _search_batch(
+    task: PlanRequest, options: Sequence[Candidate], speed: SpeedModel, budget: int | None
+) -> MemoryPlan:
     """The plan for the batch of most tokens a second in all; more rows only where they are `FASTER`."""
     best = search(_with_batch(task, 1), options, speed, budget)
     for batch in BATCHES[1:]:
@@ -162,16 +166,16 @@ def _search_batch(task: Task, options: Sequence[Option], speed: SpeedModel, budg
     )
 
 
-def _with_batch(task: Task, batch: int) -> Task:
+def _with_batch(task: PlanRequest, batch: int) -> PlanRequest:
     return dataclasses.replace(task, workload=dataclasses.replace(task.workload, batch=batch))
 
 
-def _most_rows(task: Task, limit: int) -> int:
+def _most_rows(task: PlanRequest, limit: int) -> int:
     """The largest batch that fits ``limit`` bytes with the least context and plain decoding."""
 
     def fits(batch: int) -> bool:
         sized, lean = _with_batch(task, batch), CHUNKS[-1]
-        return _lay_out(sized, Option(), task.context, lean, SCORE_NODES[-1]).peak_bytes <= limit
+        return _lay_out(sized, Candidate(), task.context, lean, SCORE_NODES[-1]).peak_bytes <= limit
 
     low, high = 1, 2
     while fits(high):
@@ -191,13 +195,13 @@ def frontier(plans: Sequence[MemoryPlan]) -> list[MemoryPlan]:
     return kept
 
 
-def _nodes(option: Option) -> int:
+def _nodes(option: Candidate) -> int:
     return 1 if option.drafter is None else option.drafter.num_nodes
 
 
 def _lay_out(
-    task: Task,
-    option: Option,
+    task: PlanRequest,
+    option: Candidate,
     context: int,
     chunks: tuple[int, ...],
     score_nodes: int | None = None,
@@ -225,13 +229,13 @@ def _lay_out(
     )
 
 
-def _speed(plan: MemoryPlan, option: Option, task: Task, speed: SpeedModel) -> float:
+def _speed(plan: MemoryPlan, option: Candidate, task: PlanRequest, speed: SpeedModel) -> float:
     """Expected new tokens a second of all rows, prefill counted."""
     config, dtype, B, shards = task.config, task.dtype, task.workload.rows, task.shards
     work = task.workload
     slots = plan.capacity_for(min(work.prompt_tokens + work.new_tokens // 2, plan.context) + plan.slack)
     step = 0.0
-    for nodes, share in option.outlook.widths_of_batch(B):
+    for nodes, share in option.expected_acceptance.widths_of_batch(B):
         if share:
             step += share * speed.step_seconds(config, dtype, B, nodes, slots, shards)
             step += share * speed.draft_seconds(_rereading(plan, nodes, slots), dtype)
@@ -242,10 +246,10 @@ def _speed(plan: MemoryPlan, option: Option, task: Task, speed: SpeedModel) -> f
     prefill = speed.prefill_seconds(config, dtype, work.prompt_tokens, chunk, shards)
     chunks = -(-work.prompt_tokens // chunk)
     prefill += chunks * speed.draft_seconds(_rereading(plan, chunk, work.prompt_tokens // 2, rows=1), dtype)
-    return tokens_per_second(work, step, option.outlook.accepted_length, B * prefill)
+    return tokens_per_second(work, step, option.expected_acceptance.accepted_length, B * prefill)
 
 
-def _rereading(plan: MemoryPlan, nodes: int, slots: int, rows: int | None = None) -> Work:
+def _rereading(plan: MemoryPlan, nodes: int, slots: int, rows: int | None = None) -> Cost:
     """Reading the cache and the head once more for each further part of a pass."""
     config, item = plan.config, jnp.dtype(plan.dtype).itemsize
     B = plan.batch if rows is None else rows
@@ -256,7 +260,7 @@ def _rereading(plan: MemoryPlan, nodes: int, slots: int, rows: int | None = None
         again += (math.ceil(nodes / plan.score_nodes) - 1) * cache
     if plan.logit_nodes is not None and rows is None:
         again += (math.ceil(nodes / plan.logit_nodes) - 1) * config.vocab_size * config.hidden_size * item
-    return Work(bytes=again / plan.shards)
+    return Cost(bytes=again / plan.shards)
 
 
 def _with_largest_context(plan: MemoryPlan, limit: int) -> MemoryPlan:
@@ -279,7 +283,7 @@ def _with_largest_context(plan: MemoryPlan, limit: int) -> MemoryPlan:
     return at(rounded) if plan.context < rounded < plan.config.max_context else best
 
 
-def _too_small(task: Task, limit: int, whole_device: bool, nearest: MemoryPlan) -> BudgetError:
+def _too_small(task: PlanRequest, limit: int, whole_device: bool, nearest: MemoryPlan) -> BudgetError:
     assert nearest.bounds is not None
     terms = sorted(nearest.terms, key=lambda term: -term.bytes)[:4]
     largest = ", ".join(f"{term.name} {_size(term.bytes)}" for term in terms)

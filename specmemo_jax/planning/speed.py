@@ -17,7 +17,7 @@ from scipy.optimize import nnls
 
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.memory.buffers import Work
+from specmemo_jax.memory.buffers import Cost
 from specmemo_jax.memory.workload import Workload
 from specmemo_jax.planning.calibration import Calibration, StepPoint, config_hash
 
@@ -81,12 +81,12 @@ class SpeedModel(Protocol):
         """The prompt of one row: ``tokens`` in chunks of ``chunk``; rows are prefilled one by one."""
         ...
 
-    def draft_seconds(self, work: Work, dtype: str) -> float:
+    def draft_seconds(self, work: Cost, dtype: str) -> float:
         """One step's drafting."""
         ...
 
 
-def pass_work(
+def pass_cost(
     config: LlamaConfig,
     dtype: str,
     batch: int,
@@ -95,7 +95,7 @@ def pass_work(
     head_rows: int,
     shards: int = 1,
     cache_item: float | None = None,
-) -> Work:
+) -> Cost:
     """What one pass over ``batch * nodes`` rows reads and computes on each device.
 
     Bytes: every matrix once with the head, the cache's ``length`` slots a row and the new ones, the
@@ -112,7 +112,7 @@ def pass_work(
     whole = item * rows * L * 6 * H  # the residual sum and the norms, which every device holds
     logits = _FLOAT32 * 2 * head_rows * V
     flops = 2 * (rows * L * layer + head_rows * V * H) + 4 * rows * L * N * D * (length + nodes)
-    return Work(
+    return Cost(
         layers=L, flops=flops / shards, bytes=(weights + cache + activations + logits) / shards + whole
     )
 
@@ -121,7 +121,7 @@ def pass_work(
 class Roofline:
     """Times from ``bandwidth`` (bytes/s), peak ``flops`` by dtype and ``layer_seconds`` beside them.
 
-    ``cache_item``: see `pass_work`.
+    ``cache_item``: see `pass_cost`.
     """
 
     bandwidth: float
@@ -130,7 +130,7 @@ class Roofline:
     source: str
     cache_item: float | None = None
 
-    def seconds(self, work: Work, dtype: str) -> float:
+    def seconds(self, work: Cost, dtype: str) -> float:
         """Time of so much work. Raises ConfigError for a dtype that the device has no rate for."""
         name = jnp.dtype(dtype).name
         if name not in self.flops:
@@ -143,17 +143,17 @@ class Roofline:
         self, config: LlamaConfig, dtype: str, batch: int, nodes: int, length: int, shards: int = 1
     ) -> float:
         """See `SpeedModel`."""
-        work = pass_work(config, dtype, batch, nodes, length, batch * nodes, shards, self.cache_item)
+        work = pass_cost(config, dtype, batch, nodes, length, batch * nodes, shards, self.cache_item)
         return self.seconds(work, dtype) + _collectives(config, shards)
 
     def prefill_seconds(
         self, config: LlamaConfig, dtype: str, tokens: int, chunk: int, shards: int = 1
     ) -> float:
         """See `SpeedModel`; each chunk as at the mean length."""
-        work = pass_work(config, dtype, 1, chunk, tokens // 2, 1, shards, self.cache_item)
+        work = pass_cost(config, dtype, 1, chunk, tokens // 2, 1, shards, self.cache_item)
         return math.ceil(tokens / chunk) * (self.seconds(work, dtype) + _collectives(config, shards))
 
-    def draft_seconds(self, work: Work, dtype: str) -> float:
+    def draft_seconds(self, work: Cost, dtype: str) -> float:
         """See `SpeedModel`."""
         return self.seconds(work, dtype)
 
@@ -220,7 +220,7 @@ class Calibrated:
         by_slots, by_products = self._slopes
         return math.ceil(tokens / chunk) * (each + longer * (by_slots + by_products * chunk))
 
-    def draft_seconds(self, work: Work, dtype: str) -> float:
+    def draft_seconds(self, work: Cost, dtype: str) -> float:
         """See `SpeedModel`: the measured drafter of as many layers and nearest in operations, scaled as the
         roofline's time grows; the roofline where none was measured.
         """
@@ -265,7 +265,7 @@ class Calibrated:
     def _roof(self, config: LlamaConfig, rows: int, head_rows: int) -> float:
         """The roofline's time of a pass of one row at the base capacity, from measured rates."""
         ours = self.calibration
-        work = pass_work(config, ours.fingerprint.dtype, 1, rows, self._base, head_rows)
+        work = pass_cost(config, ours.fingerprint.dtype, 1, rows, self._base, head_rows)
         return max(work.bytes / ours.bandwidth, work.flops / ours.flops)
 
     def _extra(self, batch: int, nodes: int, length: int) -> tuple[int, int]:

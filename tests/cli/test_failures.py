@@ -96,7 +96,9 @@ def test_the_groups_own_options_fail_in_one_line_too():
     app = typer.Typer(cls=OneLineErrors)
 
     @app.callback()
-    def options(broken: bool = typer.Option(False, callback=lambda value: 1 / 0 if value else value)) -> None:
+    def options(
+        broken: bool = typer.Option(False, callback=lambda value: 1 / 0 if value else value),
+    ) -> None:
         pass
 
     @app.command()

@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from random_trees import ancestors_of, trees, walk
 
 from specmemo_jax.decode.accept import Accepted, accept_greedy
-from specmemo_jax.decode.rows import Rows, Settings, cut
+from specmemo_jax.decode.rows import Rows, Settings, truncate_at_stop
 from specmemo_jax.decode.sampling import empty_history, greedy_sampling
 from specmemo_jax.draft.tree import Tree, ancestor_mask
 
 T = 9
-cut_jitted = jax.jit(cut)
+cut_jitted = jax.jit(truncate_at_stop)
 
 
 @jax.jit

@@ -15,9 +15,9 @@ from scipy import stats
 
 from specmemo_jax.decode import step
 from specmemo_jax.decode.accept import Accepted
-from specmemo_jax.decode.emitted import Emitted, read
+from specmemo_jax.decode.emitted import Emitted, drain
 from specmemo_jax.decode.sampling import choose, remember
-from specmemo_jax.draft import DraftModel, NgramDrafter, SelfDrafter, Shape
+from specmemo_jax.draft import DraftModel, NgramDrafter, SelfDrafter, TreeShape
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.sequence import Request
 from specmemo_jax.llama.packing import pack
@@ -35,9 +35,9 @@ PARAMS = SamplingParams(temperature=0.9, top_p=0.97, top_k=9, seed=0)
 ROWS, DRAWS = 4096, 102_400
 DRAFTERS = {
     "ngram": NgramDrafter(5),
-    "another model": DraftModel.of(OTHER, Shape(6, depth=2, branches=3)),
-    "itself": DraftModel.of(TARGET, Shape.of(3)),
-    "self:1": SelfDrafter(1, Shape(5, depth=2, branches=2)),
+    "another model": DraftModel.of(OTHER, TreeShape(6, depth=2, branches=3)),
+    "itself": DraftModel.of(TARGET, TreeShape.of(3)),
+    "self:1": SelfDrafter(1, TreeShape(5, depth=2, branches=2)),
 }
 
 
@@ -69,7 +69,7 @@ def draw(drafter):
     log = Emitted(np.repeat(state.emitted.log, ROWS, axis=1), state.emitted.slot)
     many = jax.tree.map(lambda leaf: jax.device_put(np.repeat(leaf, ROWS, axis=0)), state)
     many = dataclasses.replace(many, emitted=log)
-    one_step = functools.partial(step.speculative_step, TARGET, drafter, step.Layout(), True, False)
+    one_step = functools.partial(step.speculative_step, TARGET, drafter, step.Chunking(), True, False)
     run = jax.jit(one_step).lower(TARGET.leaves, engine.draft_weights, many).compile()
     counts, emitted = np.zeros((V, V)), 0
     for block in range(DRAWS // ROWS):
@@ -80,7 +80,7 @@ def draw(drafter):
         state = dataclasses.replace(many, rows=dataclasses.replace(many.rows, settings=settings))
         state, _ = run(TARGET.leaves, engine.draft_weights, state)
         state, _ = run(TARGET.leaves, engine.draft_weights, state)
-        first, second = read(state.emitted, 2)
+        first, second = drain(state.emitted, 2)
         n, one, two = first[:, 0], first[:, 1:], second[:, 1:]
         np.add.at(counts, (one[:, 0], np.where(n > 1, one[:, min(1, one.shape[1] - 1)], two[:, 0])), 1)
         emitted += int(n.sum())

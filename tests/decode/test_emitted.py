@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specmemo_jax.decode.emitted import init_emitted, note, read
+from specmemo_jax.decode.emitted import append, drain, init_emitted
 from specmemo_jax.draft import NgramDrafter
 from specmemo_jax.memory.footprint import BURST
 from specmemo_jax.memory.plan import make_plan
@@ -20,7 +20,7 @@ PLAN = make_plan(
     context=100,
     drafter=NgramDrafter(4, branches=1),
 )
-NOTE = jax.jit(note, donate_argnums=0)
+NOTE = jax.jit(append, donate_argnums=0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -36,6 +36,6 @@ def test_bursts_are_read_in_their_order(bursts, random):
             live = np.array([random.random() < 0.8 for _ in range(2)])
             emitted = NOTE(emitted, tokens, counts, live)
             said.append((tokens, counts, live))
-        for row, (tokens, counts, live) in zip(read(emitted, steps), said, strict=True):
+        for row, (tokens, counts, live) in zip(drain(emitted, steps), said, strict=True):
             assert row[:, 0].tolist() == np.where(live, counts, -1).tolist()
             assert row[:, 1 : 1 + tokens.shape[1]].tolist() == tokens.tolist()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specmemo_jax.draft import DraftModel, SelfDrafter, Shape, View
+from specmemo_jax.draft import DraftModel, SelfDrafter, TreeShape, View
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.model import forward
@@ -62,7 +62,9 @@ def view(drafter):
     return View(drafter.weights(TARGET), TARGET.merge(TARGET.leaves), (), "cpu")
 
 
-@pytest.mark.parametrize("shape", [Shape.of(5), Shape(7, 3, 2), Shape(12, 4, 3), Shape(4, 1, 3)])
+@pytest.mark.parametrize(
+    "shape", [TreeShape.of(5), TreeShape(7, 3, 2), TreeShape(12, 4, 3), TreeShape(4, 1, 3)]
+)
 def test_trees_are_the_search_s_at_every_stage_of_a_row(shape):
     """Prompts in two chunks, then steps that commit one token, some, or all that a path can hold."""
     drafter = DraftModel.of(TARGET, shape)
@@ -97,7 +99,7 @@ def test_trees_are_the_search_s_at_every_stage_of_a_row(shape):
 
 
 def test_a_self_draft_reads_the_target_s_cache():
-    shape = Shape(6, 3, 2)
+    shape = TreeShape(6, 3, 2)
     drafter = SelfDrafter(1, shape)
     ids = np.random.default_rng(1).integers(0, 19, 13).tolist()
     T = len(ids) - 1
@@ -116,7 +118,7 @@ def test_a_self_draft_reads_the_target_s_cache():
 
 
 def test_ids_outside_the_target_s_vocabulary_are_not_proposed():
-    drafter = DraftModel.of(TARGET, Shape(8, 2, 4), vocab_size=6)
+    drafter = DraftModel.of(TARGET, TreeShape(8, 2, 4), vocab_size=6)
     state = drafter.init(kv.Groups.of(1, S))
     propose = jax.jit(functools.partial(drafter.propose, view(drafter)))
     tree, _ = propose(state, jnp.array([3]), jnp.array([0]))
@@ -125,7 +127,7 @@ def test_ids_outside_the_target_s_vocabulary_are_not_proposed():
 
 def test_a_draft_that_is_no_number_still_gives_a_tree():
     broken = tuple(jnp.full_like(leaf, jnp.nan) for leaf in TARGET.leaves)
-    drafter = DraftModel.of(dataclasses.replace(TARGET, leaves=broken), Shape(8, 3, 3))
+    drafter = DraftModel.of(dataclasses.replace(TARGET, leaves=broken), TreeShape(8, 3, 3))
     propose = jax.jit(functools.partial(drafter.propose, view(drafter)))
     tree, _ = propose(drafter.init(kv.Groups.of(1, S)), jnp.array([3]), jnp.array([0]))
     tokens, parents, depths = (np.asarray(x)[0] for x in (tree.tokens, tree.parents, tree.depths))
@@ -135,10 +137,10 @@ def test_a_draft_that_is_no_number_still_gives_a_tree():
 
 def test_chains_as_long_as_a_prompt_s_chunk_are_refused():
     with pytest.raises(ConfigError, match="at most 30 levels"):
-        DraftModel.of(TARGET, Shape.of(32))
+        DraftModel.of(TARGET, TreeShape.of(32))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 1), (9, 2, 2), (3, 0, 1)])
 def test_shapes_that_cannot_be(shape):
     with pytest.raises(ConfigError, match="nodes"):
-        Shape(*shape)
+        TreeShape(*shape)

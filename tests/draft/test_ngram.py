@@ -134,11 +134,11 @@ def filled(drafter, texts, pause=()):
 # After "1" comes always 2, and after "1 2" something else each time.
 MISLEADING = [1, 2, 3, 1, 2, 4, 1, 2, 5, 1, 2, 6, 1, 2, 9, 1, 2, 10, 1, 2]
 PERIODIC = [5, 6, 7, 8] * 4
-CAREFUL = NgramDrafter(4, branches=1, max_ngram=2, ladder=((4, 2),), least_chance=0.35)
+CAREFUL = NgramDrafter(4, branches=1, max_ngram=2, ladder=((4, 2),), min_hit_rate=0.35)
 
 
 def test_matches_that_mislead_are_followed_no_longer_and_short_ones_that_tell_the_truth_are():
-    bold = dataclasses.replace(CAREFUL, least_chance=0.0)
+    bold = dataclasses.replace(CAREFUL, min_hit_rate=0.0)
     assert filled(bold, [MISLEADING]) == [[4 if at >= 4 and at % 3 == 1 else 1 for at in range(20)]]
     # Two tokens misled for the fifth time at position 16, one told the truth for the second time at 6.
     after_1, after_2 = range(9, 20, 3), range(4, 17, 3)
@@ -165,22 +165,22 @@ def told(text, capacity=S):
 
 
 def chances(state, row=1):
-    return state.trust.chances[row].tolist()
+    return state.hit_rates.chances[row].tolist()
 
 
-FIRST = pytest.approx(CAREFUL.first_chances)
+FIRST = pytest.approx(CAREFUL.initial_hit_rates)
 
 
 def test_what_is_learned_moves_and_grows_with_the_row():
     state = told(MISLEADING)
-    learned = chances(state)
-    assert learned[0] > CAREFUL.first_chances[0]
-    assert learned[1] < CAREFUL.first_chances[1]
+    updated_rate = chances(state)
+    assert updated_rate[0] > CAREFUL.initial_hit_rates[0]
+    assert updated_rate[1] < CAREFUL.initial_hit_rates[1]
     grown = CAREFUL.grow(state, Groups.of(2, 2 * S))
     assert grown.history.shape == (2, 2 * S)
     moved: Any = CAREFUL.move(grown, (0, jnp.int32(1)), (0, jnp.int32(0)), "cpu")
-    assert chances(moved, 0) == chances(moved, 1) == learned
-    guesses = moved.trust.guesses
+    assert chances(moved, 0) == chances(moved, 1) == updated_rate
+    guesses = moved.hit_rates.guesses
     assert guesses[0].tolist() == guesses[1].tolist() == [10, len(MISLEADING), 2]
     assert moved.history[0].tolist() == moved.history[1].tolist()
 
@@ -192,12 +192,12 @@ def test_a_row_that_starts_anew_or_goes_back_forgets_what_was_learned(start, for
     after: Any = CAREFUL.observe(VIEW, state, one, jnp.array([[5, 6, 0]]), jnp.array([start]), jnp.array([2]))
     assert chances(after) == (FIRST if forgets else chances(state))
     assert chances(after, 0) == FIRST
-    assert bool(after.trust.guesses[1].any()) is not forgets
+    assert bool(after.hit_rates.guesses[1].any()) is not forgets
 
 
-@pytest.mark.parametrize("bad", [{"least_chance": 0.3}, {"ladder": ((8, 2),), "least_chance": 1.0}])
+@pytest.mark.parametrize("bad", [{"min_hit_rate": 0.3}, {"ladder": ((8, 2),), "min_hit_rate": 1.0}])
 def test_a_chance_that_cannot_be_asked_for(bad):
-    with pytest.raises(ConfigError, match="least_chance"):
+    with pytest.raises(ConfigError, match="min_hit_rate"):
         NgramDrafter(8, **bad)
 
 

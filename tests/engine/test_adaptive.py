@@ -10,7 +10,7 @@ def run(chooser, seconds, tokens, steps=4000, burst=8, reading=0.0, waiting=0):
     reading what a burst said costs something, too.
     """
     time = got = done = 0
-    used = dict.fromkeys(chooser.rungs, 0)
+    used = dict.fromkeys(chooser.tree_sizes, 0)
     while done < steps:
         nodes, count = chooser.choose(burst, waiting)
         gain, cost = (of[nodes](done) if callable(of[nodes]) else of[nodes] for of in (tokens, seconds))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, Shape
+from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, TreeShape
 from specmemo_jax.draft.ngram import chain
 from specmemo_jax.draft.tree import Tree
 from specmemo_jax.engine.engine import Engine
@@ -37,13 +37,13 @@ DRAFTERS = {
     "tree16": NgramDrafter(16, branches=5),
     "chain2": chain(2),
     "chain8": chain(8),
-    "ladder": NgramDrafter(8, ladder=((3, 1), (8, 2)), least_chance=0.35),
-    "model, chain": DraftModel.of(STRANGER, Shape.of(4)),
-    "model, tree": DraftModel.of(STRANGER, Shape(9, depth=3, branches=3)),
-    "itself, chain": DraftModel.of(ITSELF, Shape.of(5)),
-    "itself, tree": DraftModel.of(ITSELF, Shape(8, depth=4, branches=2)),
-    "self, chain": SelfDrafter(1, Shape.of(4)),
-    "self, tree": SelfDrafter(1, Shape(8, depth=3, branches=3)),
+    "ladder": NgramDrafter(8, ladder=((3, 1), (8, 2)), min_hit_rate=0.35),
+    "model, chain": DraftModel.of(STRANGER, TreeShape.of(4)),
+    "model, tree": DraftModel.of(STRANGER, TreeShape(9, depth=3, branches=3)),
+    "itself, chain": DraftModel.of(ITSELF, TreeShape.of(5)),
+    "itself, tree": DraftModel.of(ITSELF, TreeShape(8, depth=4, branches=2)),
+    "self, chain": SelfDrafter(1, TreeShape.of(4)),
+    "self, tree": SelfDrafter(1, TreeShape(8, depth=3, branches=3)),
 }
 # Programs take seconds to compile: every drafter greedy in a batch, one of each kind alone, and sampled.
 KINDS = ("tree8", "ladder", "model, tree", "self, chain")

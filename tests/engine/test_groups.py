@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specmemo_jax.devices.compiled import compiled_memory
-from specmemo_jax.draft import DraftModel, NgramDrafter, SelfDrafter, Shape
+from specmemo_jax.draft import DraftModel, NgramDrafter, SelfDrafter, TreeShape
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.sequence import Request
 from specmemo_jax.errors import ConfigError
@@ -30,9 +30,9 @@ STRANGER = pack(SMALL, iter(tiny_llama(SMALL, seed=5).items()), jnp.dtype("bfloa
 DRAFTERS = {
     "vanilla": None,
     "ngram": NgramDrafter(8),
-    "model": DraftModel.of(STRANGER, Shape(9, depth=3, branches=3)),
-    "itself": DraftModel.of(TARGET, Shape.of(5)),
-    "self": SelfDrafter(1, Shape.of(4)),
+    "model": DraftModel.of(STRANGER, TreeShape(9, depth=3, branches=3)),
+    "itself": DraftModel.of(TARGET, TreeShape.of(5)),
+    "self": SelfDrafter(1, TreeShape.of(4)),
 }
 LENGTHS = (3, 17, 33, 40, 150, 5, 60, 21, 8, 90)
 PROMPTS = [np.random.default_rng(i).integers(0, 97, n).tolist() for i, n in enumerate(LENGTHS)]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from specmemo_jax import LLM, SamplingParams
-from specmemo_jax.decode.emitted import read
+from specmemo_jax.decode.emitted import drain
 from specmemo_jax.devices.allocator import is_out_of_memory
-from specmemo_jax.draft import DraftModel, NgramDrafter, Shape
+from specmemo_jax.draft import DraftModel, NgramDrafter, TreeShape
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.programs import Programs
 from specmemo_jax.engine.sequence import Request
@@ -25,7 +25,7 @@ from specmemo_jax.testing import TINY, tiny_llama
 TARGET = pack(TINY, iter(tiny_llama().items()), jnp.dtype("float32"))
 PROMPT = np.random.default_rng(3).integers(0, 97, 40).tolist()
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, repetition_penalty=1.2, presence_penalty=0.1, seed=5)
-DRAFTERS = {"ngram": NgramDrafter(8), "model": DraftModel.of(TARGET, Shape.of(4))}
+DRAFTERS = {"ngram": NgramDrafter(8), "model": DraftModel.of(TARGET, TreeShape.of(4))}
 
 
 @functools.cache
@@ -86,7 +86,7 @@ def test_a_drafter_that_slept_catches_up(name, vanilla):
     drafter = DRAFTERS[name]
     plan = make_plan(TINY, dtype="float32", platform="cpu", context=200, drafter=drafter)
     engine = Engine(TARGET, drafter, plan, adaptive=True)
-    order = iter([plan.tree_nodes, 1, 1, plan.rungs[1], 1, plan.tree_nodes] * 20)
+    order = iter([plan.tree_nodes, 1, 1, plan.tree_sizes[1], 1, plan.tree_nodes] * 20)
     assert engine.chooser is not None
     engine.chooser.choose = lambda steps, waiting=0: (next(order), min(steps, 5))
     engine.admit(0, request(PROMPT, 100))
@@ -94,7 +94,7 @@ def test_a_drafter_that_slept_catches_up(name, vanilla):
         engine.burst()
     log = engine.release(0)
     assert log.new_ids == vanilla(PROMPT, 100)
-    assert set(log.tree_nodes) == set(plan.rungs)
+    assert set(log.tree_nodes) == set(plan.tree_sizes)
     if name == "model":  # the target itself: whatever it proposes is right, if it knows what was said
         deep = [n for n, nodes in zip(log.accepted_lengths, log.tree_nodes, strict=True) if nodes == 4]
         assert all(n == 4 for n in deep[:-1])
@@ -185,7 +185,7 @@ def test_a_mesh_says_the_same(vanilla):
         ids = [int(first)]
         for _ in range(12):
             state, _ = step(leaves, weights_of, state)
-            count, *tokens = read(state.emitted, 1)[0, 1].tolist()
+            count, *tokens = drain(state.emitted, 1)[0, 1].tolist()
             ids += tokens[:count]
         results.append(ids)
     assert results[0] == results[1]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specmemo_jax.draft import LADDERS, NgramDrafter, SelfDrafter, Shape, make_drafter
+from specmemo_jax.draft import LADDERS, NgramDrafter, SelfDrafter, TreeShape, make_drafter
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.sequence import Request
 from specmemo_jax.errors import ConfigError
@@ -21,7 +21,7 @@ from specmemo_jax.measure.acceptance import (
     replay,
 )
 from specmemo_jax.memory.plan import make_plan
-from specmemo_jax.planning.expected import outlook
+from specmemo_jax.planning.expected import expected_acceptance
 from specmemo_jax.testing import TINY, tiny_llama
 
 LABELS = {"drafter": "ngram", "model": "tiny", "dtype": "float32", "prompts": "x", "date": "2026-01-31"}
@@ -53,7 +53,7 @@ def run(drafter):
 
 
 PROMPTS = [tuple(RNG.integers(1, TINY.vocab_size, size=n).tolist()) for n in (5, 30)]
-LADDER = NgramDrafter(8, branches=1, ladder=((4, 1), (8, 2)), least_chance=0.35)
+LADDER = NgramDrafter(8, branches=1, ladder=((4, 1), (8, 2)), min_hit_rate=0.35)
 
 
 def test_proposals_know_what_was_accepted():
@@ -69,15 +69,15 @@ def test_proposals_know_what_was_accepted():
     assert dataclasses.replace(proposal, truth=(6,)).accepted_length == 1  # nothing is known beyond
 
 
-@pytest.mark.parametrize("drafter", [LADDER, SelfDrafter(1, Shape(6, 2, 3))])
+@pytest.mark.parametrize("drafter", [LADDER, SelfDrafter(1, TreeShape(6, 2, 3))])
 def test_recorded_steps_are_the_engines(drafter):
     _, steps, lengths = run(drafter)
     assert [[p.accepted_length for p in row] for row in steps] == lengths
     profile = profile_of_steps(drafter, [p for row in steps for p in row], LABELS)
     flat = [length for row in lengths for length in row]
     assert profile.steps == len(flat)
-    assert outlook(profile, drafter).accepted_length == pytest.approx(np.mean(flat))
-    assert outlook(profile, drafter).source.startswith("measured over")
+    assert expected_acceptance(profile, drafter).accepted_length == pytest.approx(np.mean(flat))
+    assert expected_acceptance(profile, drafter).source.startswith("measured over")
 
 
 def test_replay_tells_what_the_engine_would_do():
@@ -87,10 +87,10 @@ def test_replay_tells_what_the_engine_would_do():
     answers, proposals, lengths = run(drafter)
     profile = measure_ngram(NgramDrafter(16), answers, LABELS)
     flat = [length for row in lengths for length in row]
-    told = outlook(profile, drafter)
+    told = expected_acceptance(profile, drafter)
     assert told.accepted_length == pytest.approx(np.mean(flat))
-    verified = [next(w for w in drafter.widths if w >= p.filled) for row in proposals for p in row]
-    shape = profile.measured(8, 7, 1, drafter.ladder, drafter.least_chance)
+    verified = [next(w for w in drafter.verify_buckets if w >= p.filled) for row in proposals for p in row]
+    shape = profile.measured(8, 7, 1, drafter.ladder, drafter.min_hit_rate)
     assert shape is not None
     assert shape.outcomes == tuple(
         (w, verified.count(w), sum(n for at, n in zip(verified, flat, strict=True) if at == w))
@@ -114,11 +114,11 @@ def test_small_trees_are_the_beginning_of_large_ones():
 def test_outlooks_of_shapes_not_measured():
     answers, steps, _ = run(LADDER)
     profile = measure_ngram(NgramDrafter(16), answers, LABELS)
-    sizes = [outlook(profile, NgramDrafter(nodes)) for nodes in (16, 18, 20)]
+    sizes = [expected_acceptance(profile, NgramDrafter(nodes)) for nodes in (16, 18, 20)]
     assert "between measured trees" in sizes[1].source
     low, middle, high = (found.accepted_length for found in sizes)
     assert middle == pytest.approx((low + high) / 2)
-    other = outlook(profile, NgramDrafter(18, branches=1, ladder=((6, 2), (18, 4))))
+    other = expected_acceptance(profile, NgramDrafter(18, branches=1, ladder=((6, 2), (18, 4))))
     assert "estimated" in other.source
     assert {width for width, _ in other.widths} <= {1, 6, 18}
     assert 1 <= other.accepted_length <= 18
@@ -126,10 +126,10 @@ def test_outlooks_of_shapes_not_measured():
         for nodes in (None, 8, 4):
             drafter = make_drafter("ngram", nodes, dtype=dtype)
             assert drafter is not None
-            assert outlook(profile, drafter).source.startswith("measured")
-    chain = SelfDrafter(1, Shape(3, 2))
+            assert expected_acceptance(profile, drafter).source.startswith("measured")
+    chain = SelfDrafter(1, TreeShape(3, 2))
     running = profile_of_steps(chain, [p.first(3) for row in steps for p in row], LABELS)
-    longer = outlook(running, SelfDrafter(1, Shape(6, 5)))
+    longer = expected_acceptance(running, SelfDrafter(1, TreeShape(6, 5)))
     assert "estimated" in longer.source
     assert longer.widths == ((6, pytest.approx(1)),)
 

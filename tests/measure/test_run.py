@@ -6,7 +6,7 @@ import typer
 
 from specmemo_jax.checkpoints.open import open_model
 from specmemo_jax.cli.calibrate import calibrate as command
-from specmemo_jax.draft import Drafter, NgramDrafter, SelfDrafter, Shape
+from specmemo_jax.draft import Drafter, NgramDrafter, SelfDrafter, TreeShape
 from specmemo_jax.errors import ConfigError, RequestError
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.measure import run as front
@@ -22,11 +22,11 @@ GRID = Grid(
     nodes=(1, 4), few_nodes=(1,), capacities=(256, 512), batches=(1, 2), rounds=1, repeats=1,
     probe_bytes=2**16, probe_size=64,
 )  # fmt: skip
-SELF = SelfDrafter(1, Shape(4, 3))
+SELF = SelfDrafter(1, TreeShape(4, 3))
 
 
-def subject(drafter: Drafter | None = SELF) -> front.Subject:
-    return front.Subject(OPENED, TARGET, drafter)
+def setup(drafter: Drafter | None = SELF) -> front.Setup:
+    return front.Setup(OPENED, TARGET, drafter)
 
 
 def lines(path, *rows):
@@ -37,7 +37,7 @@ def lines(path, *rows):
 def test_what_is_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECMEMO_CACHE", str(tmp_path))
     said = []
-    found = front.calibrate(subject(), GRID, said.append)
+    found = front.calibrate(setup(), GRID, said.append)
     # 512 slots are more than the model's context
     assert [(p.batch, p.nodes, p.capacity) for p in found.steps] == [(1, 1, 256), (1, 4, 256), (2, 1, 256)]
     assert [p.chunk for p in found.prefills] == [32, 128]
@@ -46,7 +46,7 @@ def test_what_is_measured(tmp_path, monkeypatch):
     assert min(found.bandwidth, found.flops, *(p.seconds for p in found.steps)) > 0
     assert any("round 1 of 1" in text for text in said)
     found.save()
-    assert find_calibration(subject().fingerprint) == found
+    assert find_calibration(setup().fingerprint) == found
     speed = calibrated(found)
     assert speed.step_seconds(TINY, "float32", 1, 2, 256) >= speed.step_seconds(TINY, "float32", 1, 1, 256)
 
@@ -54,22 +54,22 @@ def test_what_is_measured(tmp_path, monkeypatch):
 def test_a_profile_from_prompts(tmp_path):
     file = lines(tmp_path / "p.jsonl", {"prompt": [3, 4, 5]}, {"prompt": [9, 8, 7, 6]}, {"prompt": [1]})
     seen = []
-    found = front.profile(subject(), file, max_tokens=12, limit=2, progress=lambda: seen.append(1))
+    found = front.profile(setup(), file, max_tokens=12, limit=2, progress=lambda: seen.append(1))
     assert len(seen) == 2
     assert (found.drafter, found.model, found.prompts) == ("self:1", "params", "p.jsonl")
     assert found.measured(4, 3, 1) is not None
-    ngram = front.profile(subject(NgramDrafter(4)), file, max_tokens=12)
+    ngram = front.profile(setup(NgramDrafter(4)), file, max_tokens=12)
     assert ngram.drafter == "ngram"
     assert len(ngram.shapes) > 1
 
 
 def test_a_profile_from_known_answers(tmp_path):
     file = lines(tmp_path / "k.jsonl", {"prompt_ids": [3, 4, 3, 4], "new_ids": [3, 4, 3, 4, 3]})
-    found = front.profile(subject(NgramDrafter(4)), file)
+    found = front.profile(setup(NgramDrafter(4)), file)
     shape = found.measured(4, 3, 1)
     assert shape is not None
-    assert (shape.steps, shape.outlook.accepted_length) == (1, 4)
-    running = front.profile(subject(), file)  # another drafter answers the prompts itself
+    assert (shape.steps, shape.expected_acceptance.accepted_length) == (1, 4)
+    running = front.profile(setup(), file)  # another drafter answers the prompts itself
     assert running.steps >= 2
 
 
@@ -86,12 +86,12 @@ def test_a_profile_from_known_answers(tmp_path):
 def test_prompts_that_do_not_work(tmp_path, row, problem):
     file = lines(tmp_path / "p.jsonl", row)
     with pytest.raises(RequestError, match=problem):
-        front.profile(subject(), file, max_tokens=8)
+        front.profile(setup(), file, max_tokens=8)
 
 
 def test_no_drafter_and_no_file(tmp_path):
     with pytest.raises(ConfigError, match="needs a drafter"):
-        front.profile(subject(None), tmp_path / "none.jsonl")
+        front.profile(setup(None), tmp_path / "none.jsonl")
     with pytest.raises(RequestError, match=r"none\.jsonl"):
         front.check_prompts(tmp_path / "none.jsonl")
 
@@ -104,7 +104,7 @@ def test_profiles_are_found_by_name(tmp_path, monkeypatch):
     assert planning.stored_profile("smollm2-135m-instruct", "self:3") is None
     assert planning.stored_profile("params", "self:1") is None
     file = lines(tmp_path / "k.jsonl", {"prompt_ids": [3, 4], "new_ids": [3, 4, 3]})
-    front.profile(subject(), file).save(front.profile_path(subject()))
+    front.profile(setup(), file).save(front.profile_path(setup()))
     mine = planning.stored_profile("params", "self:1")
     assert mine is not None
     assert mine.prompts == "k.jsonl"
@@ -112,13 +112,13 @@ def test_profiles_are_found_by_name(tmp_path, monkeypatch):
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SPECMEMO_CACHE", str(tmp_path))
-    monkeypatch.setattr(front, "open_subject", lambda *names: subject())
+    monkeypatch.setattr(front, "open_subject", lambda *names: setup())
     monkeypatch.setattr(front, "Grid", lambda: GRID)
     file = lines(tmp_path / "k.jsonl", {"prompt_ids": [3, 4], "new_ids": [3, 4, 3]})
     command(drafter="self:1", prompts_file=str(file), output=str(tmp_path / "out.json"))
     printed = capsys.readouterr().out
     assert "bandwidth" in printed
-    assert str(subject().fingerprint.path) in printed
+    assert str(setup().fingerprint.path) in printed
     assert "tokens a step" in printed
     assert (tmp_path / "out.json").is_file()
     with pytest.raises(typer.BadParameter, match="--prompts FILE"):

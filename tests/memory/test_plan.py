@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from specmemo_jax.devices.compiled import compiled_memory
 from specmemo_jax.devices.table import find_device
-from specmemo_jax.draft import DraftModel, NgramDrafter, SelfDrafter, Shape
+from specmemo_jax.draft import DraftModel, NgramDrafter, SelfDrafter, TreeShape
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.programs import state_shardings
 from specmemo_jax.errors import CapacityError, ConfigError
 from specmemo_jax.files.byte_size import parse_bytes
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.memory.plan import lay_out, make_plan
-from specmemo_jax.planning.prove import place_for, programs_for
+from specmemo_jax.planning.prove import compile_target_for, programs_for
 from specmemo_jax.testing import TINY, tiny_llama
 
 F32 = jnp.dtype("float32")
@@ -27,9 +27,9 @@ DRAFT = pack(SMALL, iter(tiny_llama(SMALL).items()), jnp.dtype("bfloat16"))
 DRAFTERS = {
     "none": None,
     "ngram": NgramDrafter(16),
-    "ladder": NgramDrafter(8, ladder=((4, 1), (8, 2)), least_chance=0.35),
-    "draft model": DraftModel.of(DRAFT, Shape(8, 3, 3)),
-    "self": SelfDrafter(1, Shape(6, 2, 3)),
+    "ladder": NgramDrafter(8, ladder=((4, 1), (8, 2)), min_hit_rate=0.35),
+    "draft model": DraftModel.of(DRAFT, TreeShape(8, 3, 3)),
+    "self": SelfDrafter(1, TreeShape(6, 2, 3)),
 }
 
 
@@ -87,7 +87,7 @@ def test_a_mesh_holds_its_share_of_the_vocabulary():
     plan = lay_out(
         config, dtype="float32", platform="cpu", batch=batch, context=200, drafter=drafter, shards=8
     )
-    programs = programs_for(plan, place_for(find_device("cpu"), "float32", 8))
+    programs = programs_for(plan, compile_target_for(find_device("cpu"), "float32", 8))
     state = programs.abstract_state(plan.capacities[-1])
     assert programs.mesh is not None
     kept = [

@@ -12,14 +12,14 @@ from specmemo_jax.draft import NgramDrafter
 from specmemo_jax.errors import BudgetError
 from specmemo_jax.memory.plan import lay_out
 from specmemo_jax.memory.workload import MOST_GROUPS, NARROWEST, STEP_ROOM, WORTH, Workload, groups_for
-from specmemo_jax.planning.profile import Outlook
-from specmemo_jax.planning.search import BATCHES, Option, Task, search
+from specmemo_jax.planning.profile import ExpectedAcceptance
+from specmemo_jax.planning.search import BATCHES, Candidate, PlanRequest, search
 from specmemo_jax.planning.speed import roofline
 from specmemo_jax.testing import TINY
 
 LONG = dataclasses.replace(TINY, max_context=2048)
 DRAFTER = NgramDrafter(4)
-OPTIONS = (Option(), Option(DRAFTER, Outlook(1.5, ((4, 1.0),), "assumed")))
+OPTIONS = (Candidate(), Candidate(DRAFTER, ExpectedAcceptance(1.5, ((4, 1.0),), "assumed")))
 
 
 @example([1, 241, 241, 241], 12, 300)  # saves 5% to the slot
@@ -50,7 +50,7 @@ def test_a_few_long_requests_need_few_wide_rows():
 
 
 def task(batch, lengths=(), context=2000):
-    return Task(LONG, "float32", find_device("titan-rtx"), Workload(batch, 100, 50, context, lengths))
+    return PlanRequest(LONG, "float32", find_device("titan-rtx"), Workload(batch, 100, 50, context, lengths))
 
 
 def test_groups_make_a_plan_smaller():

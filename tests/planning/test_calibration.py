@@ -2,36 +2,16 @@ import dataclasses
 import json
 
 import pytest
+from some_calibration import MINE, some_calibration
 
 from specmemo_jax.errors import ConfigError
-from specmemo_jax.memory.buffers import Work
 from specmemo_jax.planning.calibration import (
     Calibration,
-    DraftPoint,
-    PrefillPoint,
-    StepPoint,
     config_hash,
     find_calibration,
     fingerprint,
 )
 from specmemo_jax.testing import TINY
-
-MINE = fingerprint("Some CPU", "org/tiny", TINY, "float32")
-
-
-def some_calibration(**changes):
-    found = Calibration(
-        fingerprint=MINE,
-        date="2026-01-31",
-        num_layers=TINY.num_layers,
-        bandwidth=1e9,
-        flops=1e10,
-        smallest_roof_seconds=1e-4,
-        steps=(StepPoint(1, 1, 256, 1e-3), StepPoint(1, 8, 256, 2e-3), StepPoint(1, 1, 512, 1.5e-3)),
-        prefills=(PrefillPoint(32, 256, 1e-3),),
-        drafts=(DraftPoint("self:1", 4, 256, Work(3, 10.0, 20.0), 5e-4),),
-    )
-    return dataclasses.replace(found, **changes)
 
 
 def test_kept_and_found_under_its_fingerprint(tmp_path, monkeypatch):

@@ -9,10 +9,10 @@ from specmemo_jax.draft.static_tree import best_tree
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.planning.profile import (
     AcceptanceProfile,
+    ExpectedAcceptance,
+    MatchStrength,
     MeasuredShape,
-    Outlook,
-    Rung,
-    Signal,
+    StrengthTree,
     find_profile,
     user_folder,
 )
@@ -28,7 +28,7 @@ def exactly(chances):
     """A profile whose chances are these, to some digits."""
     seen = tuple(tuple(MANY for _ in row) for row in chances)
     accepted = tuple(tuple(round(MANY * p) for p in row) for row in chances)
-    return profile(Signal(1, MANY, seen, accepted))
+    return profile(MatchStrength(1, MANY, seen, accepted))
 
 
 @functools.cache
@@ -90,55 +90,55 @@ def test_best_tree_against_every_tree(chances, nodes, limit):
 
 
 def test_best_tree_of_nothing():
-    assert best_tree(profile(Signal(1, 5, (), ())).chances, 8) == (0,)
+    assert best_tree(profile(MatchStrength(1, 5, (), ())).chances, 8) == (0,)
     with pytest.raises(ConfigError, match="nodes must be at least 1, found 0"):
         best_tree(exactly([(0.5,)]).chances, 0)
 
 
 def test_small_counts_lean_on_the_level_above():
-    few = profile(Signal(1, 100, ((100,), (2,)), ((50,), (2,))))
+    few = profile(MatchStrength(1, 100, ((100,), (2,)), ((50,), (2,))))
     assert few.chances[0] == (0.5,)
     assert few.chances[1] == (pytest.approx((2 + 4 * 0.5) / (2 + 4)),)
-    many = profile(Signal(1, 10_000, ((10_000,), (5_000,)), ((5_000,), (5_000,))))
+    many = profile(MatchStrength(1, 10_000, ((10_000,), (5_000,)), ((5_000,), (5_000,))))
     assert many.chances[1][0] > 0.999
 
 
 def test_ladders_weigh_what_each_signal_brings():
     some = profile(
-        Signal(0, 50 * MANY, (), ()),
-        Signal(1, 30 * MANY, ((30 * MANY,),), ((15 * MANY,),)),
-        Signal(4, 20 * MANY, ((20 * MANY,), (20 * MANY,)), ((20 * MANY,), (20 * MANY,))),
+        MatchStrength(0, 50 * MANY, (), ()),
+        MatchStrength(1, 30 * MANY, ((30 * MANY,),), ((15 * MANY,),)),
+        MatchStrength(4, 20 * MANY, ((20 * MANY,), (20 * MANY,)), ((20 * MANY,), (20 * MANY,))),
     )
     assert some.filled == 0.5
     chain = (0, 0, 1)
-    ladder = some.outlook([Rung(1, 2, (0, 0)), Rung(4, 3, chain)])
+    ladder = some.expected_acceptance([StrengthTree(1, 2, (0, 0)), StrengthTree(4, 3, chain)])
     assert ladder.widths == ((1, 0.5), (2, 0.3), (3, 0.2))
     assert ladder.accepted_length == pytest.approx(0.5 + 0.3 * 1.5 + 0.2 * 3)
-    always = some.outlook([Rung(0, 3, chain)])
+    always = some.expected_acceptance([StrengthTree(0, 3, chain)])
     assert always.widths == ((3, pytest.approx(1.0)),)
     assert always.accepted_length >= ladder.accepted_length
     assert "some.jsonl" in ladder.source
 
 
 def test_a_batch_takes_its_widest_row():
-    assert Outlook(1.5, ((1, 0.5), (4, 0.5)), "").widths_of_batch(2) == ((1, 0.25), (4, 0.75))
+    assert ExpectedAcceptance(1.5, ((1, 0.5), (4, 0.5)), "").widths_of_batch(2) == ((1, 0.25), (4, 0.75))
 
 
 SHAPE = MeasuredShape(4, 3, 1, ((4, 2),), 0.35, ((1, 6, 6), (4, 2, 5)))
 
 
 def test_a_measured_shape():
-    some = profile(Signal(1, 3, ((3,),), ((1,),)), shapes=(SHAPE,))
+    some = profile(MatchStrength(1, 3, ((3,),), ((1,),)), shapes=(SHAPE,))
     assert some.measured(4, 3, 1, [(4, 2)], 0.35) == SHAPE
     assert some.measured(4, 3, 1, [(4, 2)]) is None
     assert some.measured(4, 3, 1) is None
-    assert SHAPE.outlook.accepted_length == 11 / 8
-    assert SHAPE.outlook.widths == ((1, 0.75), (4, 0.25))
+    assert SHAPE.expected_acceptance.accepted_length == 11 / 8
+    assert SHAPE.expected_acceptance.widths == ((1, 0.75), (4, 0.25))
 
 
 def test_files_round_trip_and_are_found(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECMEMO_CACHE", str(tmp_path))
-    some = profile(Signal(1, 30, ((30, 9), (10,)), ((10, 2), (5,))), shapes=(SHAPE,))
+    some = profile(MatchStrength(1, 30, ((30, 9), (10,)), ((10, 2), (5,))), shapes=(SHAPE,))
     folder = user_folder("org/some model")
     assert find_profile("ngram", folder) is None
     some.save(folder / "ngram.json")
@@ -147,9 +147,9 @@ def test_files_round_trip_and_are_found(tmp_path, monkeypatch):
     some.save(folder / "self-2.json")
     assert find_profile("self:2", folder) == some
     older = json.loads((folder / "ngram.json").read_text())
-    del older["shapes"][0]["least_chance"]
+    del older["shapes"][0]["min_hit_rate"]
     (folder / "ngram.json").write_text(json.dumps(older))
-    assert AcceptanceProfile.load(folder / "ngram.json").shapes[0].least_chance == 0
+    assert AcceptanceProfile.load(folder / "ngram.json").shapes[0].min_hit_rate == 0
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_files_round_trip_and_are_found(tmp_path, monkeypatch):
         (
             {
                 "shapes": [
-                    {"nodes": 2, "depth": 1, "branches": 1, "ladder": [], "least_chance": 0, "outcomes": []}
+                    {"nodes": 2, "depth": 1, "branches": 1, "ladder": [], "min_hit_rate": 0, "outcomes": []}
                 ]
             },
             "no steps",
@@ -183,7 +183,7 @@ def test_files_round_trip_and_are_found(tmp_path, monkeypatch):
                         "depth": 1,
                         "branches": 1,
                         "ladder": [],
-                        "least_chance": 0,
+                        "min_hit_rate": 0,
                         "outcomes": [[2, 1, 9]],
                     }
                 ]
@@ -194,7 +194,7 @@ def test_files_round_trip_and_are_found(tmp_path, monkeypatch):
 )
 def test_broken_files_are_refused_by_name(tmp_path, change, problem):
     file = tmp_path / "ngram.json"
-    profile(Signal(1, 3, ((3,),), ((1,),))).save(file)
+    profile(MatchStrength(1, 3, ((3,),), ((1,),))).save(file)
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ConfigError, match=problem) as error:
         AcceptanceProfile.load(file)

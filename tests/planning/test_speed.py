@@ -3,15 +3,15 @@ import dataclasses
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_calibration import some_calibration
+from some_calibration import some_calibration
 
 from specmemo_jax.checkpoints.zoo import zoo_config
 from specmemo_jax.devices.table import DEVICES
 from specmemo_jax.errors import ConfigError
-from specmemo_jax.memory.buffers import Work
+from specmemo_jax.memory.buffers import Cost
 from specmemo_jax.memory.workload import Workload
 from specmemo_jax.planning.calibration import PrefillPoint, StepPoint
-from specmemo_jax.planning.speed import calibrated, pass_work, roofline, tokens_per_second
+from specmemo_jax.planning.speed import calibrated, pass_cost, roofline, tokens_per_second
 from specmemo_jax.testing import TINY
 
 SEVEN = zoo_config("llama-2-7b-chat")
@@ -33,14 +33,14 @@ MEASURED = calibrated(
 
 
 def test_a_pass_reads_every_weight_but_the_embedding_once():
-    work = pass_work(SEVEN, "float16", 1, 1, 0, 1)
+    work = pass_cost(SEVEN, "float16", 1, 1, 0, 1)
     weights = 2 * (SEVEN.num_params - SEVEN.vocab_size * SEVEN.hidden_size)
     assert weights < work.bytes < 1.02 * weights
     assert work.flops == pytest.approx(weights, rel=0.01)
-    longer = pass_work(SEVEN, "float16", 1, 1, 1000, 1)
+    longer = pass_cost(SEVEN, "float16", 1, 1, 1000, 1)
     cache = 2 * 2 * SEVEN.num_layers * SEVEN.num_kv_heads * SEVEN.head_dim * 1000
     assert cache < longer.bytes - work.bytes < 1.1 * cache
-    split = pass_work(SEVEN, "float16", 1, 1, 0, 1, shards=8)
+    split = pass_cost(SEVEN, "float16", 1, 1, 0, 1, shards=8)
     assert work.bytes / 8 < split.bytes < work.bytes / 7
 
 
@@ -49,17 +49,17 @@ def test_roofline_knows_what_binds():
     speed = roofline(card)
     assert speed.source == "roofline estimate from the data sheet of a100-80"
     one = speed.step_seconds(SEVEN, "float16", 1, 1, 512)
-    assert one > pass_work(SEVEN, "float16", 1, 1, 512, 1).bytes / card.bandwidth
+    assert one > pass_cost(SEVEN, "float16", 1, 1, 512, 1).bytes / card.bandwidth
     assert speed.step_seconds(SEVEN, "float16", 1, 16, 512) < 1.2 * one  # free where memory binds
     many = speed.step_seconds(SEVEN, "float16", 64, 64, 512)
-    assert many > pass_work(SEVEN, "float16", 64, 64, 512, 4096).flops / card.flops["float16"]
+    assert many > pass_cost(SEVEN, "float16", 64, 64, 512, 4096).flops / card.flops["float16"]
     eight = speed.step_seconds(SEVEN, "float16", 1, 1, 512, shards=8)
     assert one / 8 < eight < one
     assert speed.prefill_seconds(SEVEN, "float16", 1000, 128) > speed.prefill_seconds(
         SEVEN, "float16", 1000, 512
     )
-    assert speed.draft_seconds(Work(), "float16") == 0
-    assert speed.draft_seconds(Work(4, 1e9, 1e9), "float16") > 1e9 / card.bandwidth
+    assert speed.draft_seconds(Cost(), "float16") == 0
+    assert speed.draft_seconds(Cost(4, 1e9, 1e9), "float16") > 1e9 / card.bandwidth
     with pytest.raises(ConfigError, match="no rate for bfloat16; float16, float32 would work"):
         roofline(DEVICES["t4"]).step_seconds(SEVEN, "bfloat16", 1, 1, 512)
 
@@ -97,9 +97,9 @@ def test_calibrated_goes_through_what_was_measured():
 
 
 def test_calibrated_drafting():
-    assert MEASURED.draft_seconds(Work(3, 10.0, 20.0), "float32") == pytest.approx(5e-4)
-    assert MEASURED.draft_seconds(Work(3, 10.0, 1e9), "float32") > 5e-4
-    assert MEASURED.draft_seconds(Work(9, 0.0, 2e9), "float32") > 2.0  # not measured: from the rates
+    assert MEASURED.draft_seconds(Cost(3, 10.0, 20.0), "float32") == pytest.approx(5e-4)
+    assert MEASURED.draft_seconds(Cost(3, 10.0, 1e9), "float32") > 5e-4
+    assert MEASURED.draft_seconds(Cost(9, 0.0, 2e9), "float32") > 2.0  # not measured: from the rates
 
 
 def test_calibrated_answers_for_what_was_measured_only():

@@ -4,15 +4,15 @@ import re
 
 import pytest
 
-from specmemo_jax.devices.compiled import Proof
+from specmemo_jax.devices.compiled import CompiledCheck
 from specmemo_jax.devices.table import find_device
 from specmemo_jax.draft import NgramDrafter
 from specmemo_jax.errors import ConfigError, SpecMemoError
 from specmemo_jax.memory.workload import Workload
 from specmemo_jax.planning.frontier import check_frontier_file, read_measured, write_frontier
-from specmemo_jax.planning.profile import Outlook
+from specmemo_jax.planning.profile import ExpectedAcceptance
 from specmemo_jax.planning.request import Planning
-from specmemo_jax.planning.search import Option, Task
+from specmemo_jax.planning.search import Candidate, PlanRequest
 from specmemo_jax.planning.speed import roofline
 from specmemo_jax.planning.view import WIDTH, as_json, as_text, size, theory_of
 from specmemo_jax.testing import TINY
@@ -20,8 +20,11 @@ from specmemo_jax.testing import TINY
 
 def planning(batch: int = 1) -> Planning:
     device = find_device("titan-rtx")
-    task = Task(TINY, "float16", device, Workload(batch, 64, 32))
-    options = (Option(), Option(NgramDrafter(8), Outlook(2.0, ((8, 1.0),), "assumed for a test " * 9)))
+    task = PlanRequest(TINY, "float16", device, Workload(batch, 64, 32))
+    options = (
+        Candidate(),
+        Candidate(NgramDrafter(8), ExpectedAcceptance(2.0, ((8, 1.0),), "assumed for a test " * 9)),
+    )
     return Planning(task, options, roofline(device))
 
 
@@ -33,7 +36,7 @@ def plan():
 def proved(plan, extra: int):
     programs = tuple((name, extra) for name in ("step 1, greedy", "step 8, greedy", "prefill 256, greedy"))
     kept = sum(b.bytes for b in plan.buffers) - plan.weights_bytes
-    return dataclasses.replace(plan, proof=Proof("a compiler", "bfloat16", programs, kept + extra))
+    return dataclasses.replace(plan, proof=CompiledCheck("a compiler", "bfloat16", programs, kept + extra))
 
 
 def test_no_line_of_the_text_is_too_wide_and_none_has_codes(plan):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from specmemo_jax import LLM, SamplingParams
 from specmemo_jax.checkpoints.open import open_model
-from specmemo_jax.draft import DraftModel, NgramDrafter, SelfDrafter, Shape
+from specmemo_jax.draft import DraftModel, NgramDrafter, SelfDrafter, TreeShape
 from specmemo_jax.draft.load import open_draft_model
 from specmemo_jax.errors import ConfigError, RequestError
 from specmemo_jax.testing import TINY, tiny_llama, tiny_tokenizer
@@ -37,9 +37,9 @@ def drafted():
     target = llm_with(None).target
     return {
         "tree": NgramDrafter(8),
-        "ladder": NgramDrafter(6, branches=1, ladder=((3, 1), (6, 2)), least_chance=0.35),
-        "itself": DraftModel.of(target, Shape.of(4)),
-        "self": SelfDrafter(1, Shape(5, depth=2, branches=2)),
+        "ladder": NgramDrafter(6, branches=1, ladder=((3, 1), (6, 2)), min_hit_rate=0.35),
+        "itself": DraftModel.of(target, TreeShape.of(4)),
+        "self": SelfDrafter(1, TreeShape(5, depth=2, branches=2)),
     }
 
 
@@ -233,7 +233,7 @@ def test_draft_models_need_the_target_s_vocabulary():
     def open_one(config, tokenizer=None, target=target):
         params = tiny_llama(config, seed=2)
         opened = dataclasses.replace(target, tokenizer=tokenizer) if tokenizer else target
-        return open_draft_model(config, opened, Shape.of(4), dtype, device, params)
+        return open_draft_model(config, opened, TreeShape.of(4), dtype, device, params)
 
     drafter = open_one(small)
     with LLM(TINY, tiny_llama(), drafter=drafter) as llm:

@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from specmemo_jax.draft.beam import Shape
-from specmemo_jax.memory.passes import FULL, Live, Pass, array, attention, head, projections
+from specmemo_jax.draft.beam import TreeShape
+from specmemo_jax.memory.passes import FULL, ForwardShape, LiveSet, array, attention, head, projections
 
 
-def lookahead_phases(draft: Pass, unread: int, shape: Shape) -> tuple[Live, ...]:
-    """Live sets of `lookahead` by a draft whose passes are like ``draft``, after ``unread`` U tokens a row.
+def beam_live_sets(draft: ForwardShape, unread: int, shape: TreeShape) -> tuple[LiveSet, ...]:
+    """Live sets of `beam_draft` by a draft whose passes are like ``draft``, after ``unread`` U tokens a row.
 
     The first pass reads U + 1 nodes a row; each further one ``branches`` nodes that see all before them,
     whose keys and values are then held twice, as they were and with the level's appended.
@@ -28,7 +28,7 @@ def lookahead_phases(draft: Pass, unread: int, shape: Shape) -> tuple[Live, ...]
     return tuple(live)
 
 
-def _choice(p: Pass, rows: int, branches: int) -> tuple[Live, ...]:
+def _choice(p: ForwardShape, rows: int, branches: int) -> tuple[LiveSet, ...]:
     """The logits of ``rows`` nodes, and what picking the likeliest takes: a copy without nan on CPU, where
     cuBLAS made them or where there is one row, nothing more under Triton. XLA's CPU backend gathers a split
     vocabulary for it.
