@@ -64,10 +64,8 @@ def whole_logits(
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
     model = target.merge(leaves)
-    hidden, _ = forward(
-        model, (nothing,), tokens, positions, causal, jnp.zeros((B,), jnp.int32), target.platform
-    )
-    return logits(model, hidden[:, after], target.platform)
+    hidden, _ = forward(model, (nothing,), tokens, positions, causal, jnp.zeros((B,), jnp.int32))
+    return logits(model, hidden[:, after])
 
 
 def tiny_tokenizer() -> Tokenizer:

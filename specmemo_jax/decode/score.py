@@ -36,19 +36,17 @@ def score_chunk(
     causal = jnp.tril(jnp.ones((1, C, C), bool))
     positions = starts[:, None] + jnp.arange(C)[None, :]
     hidden, new = forward(
-        model, (cache,), tokens, positions, causal, starts, target.platform, score_nodes=score_nodes, rows=own
+        model, (cache,), tokens, positions, causal, starts, score_nodes=score_nodes, rows=own
     )
 
     def read(hidden: Array, following: Array) -> Float[Array, "1 P 2"]:
-        scores = logits(model, hidden, target.platform)
+        scores = logits(model, hidden)
         total = jax.nn.logsumexp(scores, axis=-1)
         chosen = jnp.take_along_axis(scores, following[..., None], axis=-1)[..., 0]
         likeliest = jnp.argmax(scores, axis=-1) == following
         return jnp.stack([chosen - total, likeliest.astype(jnp.float32)], axis=-1)
 
     found = by_parts(read, SCORED_NODES, hidden, following)[0]
-    # Always true; it ties the write to the end of all reads (see kv.write).
-    begin = jnp.where(found[-1, 1] >= 0, starts, 0)
-    written = kv.write(cache, new, begin, own, target.platform)
+    written = kv.write(cache, new, kv.ordered_after(starts, found[-1, 1]), own, target.platform)
     caches = kv.replace(state.caches, group, written)
     return dataclasses.replace(state, caches=caches), (found[:, 0], found[:, 1] > 0)

@@ -74,7 +74,7 @@ class TreeLimits:
 def prefill_chunk(
     target: Target,
     drafter: Drafter | None,
-    layout: Chunking,
+    chunking: Chunking,
     sampled: bool,
     group: int,
     leaves: tuple[Array, ...],
@@ -106,15 +106,14 @@ def prefill_chunk(
         positions,
         causal,
         starts,
-        target.platform,
-        score_nodes=layout.score_nodes,
+        score_nodes=chunking.score_nodes,
         rows=own,
     )
-    if layout.prompt_logits:
-        scores = last_of_all_logits(model, hidden, count, target.platform)
+    if chunking.prompt_logits:
+        scores = last_of_all_logits(model, hidden, count)
     else:
         last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)
-        scores = logits(model, last, target.platform)[:, 0]
+        scores = logits(model, last)[:, 0]
     history = _mark_seen(state.rows.history, tokens, start, count, row)
     if sampled:
         settings_row = jax.tree.map(lambda x: x[None], settings)
@@ -123,9 +122,7 @@ def prefill_chunk(
         history = remember(history, jnp.full((B,), first), jnp.arange(B) == row)
     else:
         first = jnp.argmax(scores[0]).astype(jnp.int32)
-    # ``first >= 0`` always; it ties the write to the end of all reads (see kv.write).
-    starts_now = jnp.where(first >= 0, starts, 0)
-    written = kv.write(cache, new, starts_now, own, target.platform)
+    written = kv.write(cache, new, kv.ordered_after(starts, first), own, target.platform)
     caches = kv.replace(state.caches, group, written)
     settings = dataclasses.replace(settings, left=settings.left - 1)
     advanced = Rows(
@@ -137,7 +134,7 @@ def prefill_chunk(
     )
     draft = state.draft
     if drafter is not None:
-        view = View(weights, model, state.caches, target.platform, group)
+        view = View(weights, model, state.caches, group)
         draft = drafter.observe(view, draft, rows, tokens, starts, count[None])
     return EngineState(caches, advanced, draft, state.emitted), first
 
@@ -159,7 +156,7 @@ def _mark_seen(
 def speculative_step(
     target: Target,
     drafter: Drafter | None,
-    layout: Chunking,
+    chunking: Chunking,
     sampled: bool,
     record: bool,
     leaves: tuple[Array, ...],
@@ -173,14 +170,14 @@ def speculative_step(
     that sleeps passes through.
     """
     model, rows, draft = target.merge(leaves), state.rows, state.draft
-    view = View(weights, model, state.caches, target.platform)
+    view = View(weights, model, state.caches)
     limits = TreeLimits.of(drafter)
     if drafter is None:
         tree = root_only(rows.pending)
     else:
         tree, draft = drafter.propose(view, draft, rows.pending, rows.lengths)
     buckets = limits.verify_buckets
-    verifiers = [_verifier(model, target.platform, layout, sampled, limits, width) for width in buckets]
+    verifiers = [_verifier(model, chunking, sampled, limits, width) for width in buckets]
     if len(verifiers) == 1:
         accepted, new, history = verifiers[0](tree, rows, state.caches)
     else:
@@ -188,12 +185,10 @@ def speculative_step(
         place = jnp.sum(jnp.max(filled) > jnp.asarray(buckets[:-1], jnp.int32))
         accepted, new, history = jax.lax.switch(place, verifiers, tree, rows, state.caches)
     advanced, counts = advance(rows, accepted, history)
-    # ``counts >= 0`` always; it ties the write to the end of all reads (see kv.write).
-    starts = jnp.where(counts >= 0, rows.lengths, 0)
-    every = jnp.arange(starts.shape[0])
-    caches = kv.write_every(state.caches, new, starts, target.platform)
+    caches = kv.write_every(state.caches, new, kv.ordered_after(rows.lengths, counts), target.platform)
     if drafter is not None:
         committed = jnp.concatenate([rows.pending[:, None], accepted.emitted[:, :-1]], axis=1)
+        every = jnp.arange(counts.shape[0])
         draft = drafter.observe(view, draft, every, committed, rows.lengths, counts)
     emitted = append(state.emitted, accepted.emitted, counts, ~rows.done)
     return EngineState(caches, advanced, draft, emitted), tree if record else None
@@ -212,7 +207,7 @@ def catch_up(
     row: Int[Array, ""],
 ) -> tuple[EngineState, None]:
     """Tell a drafter that slept ``count`` (of C) committed tokens of ``row``, from position ``start``."""
-    view = View(weights, target.merge(leaves), state.caches, target.platform, group)
+    view = View(weights, target.merge(leaves), state.caches, group)
     draft = drafter.observe(view, state.draft, row[None], tokens, start[None], count[None])
     return dataclasses.replace(state, draft=draft), None
 
@@ -264,7 +259,7 @@ def move(
 
 
 def _verifier(
-    model: Llama, platform: str, layout: Chunking, sampled: bool, limits: TreeLimits, width: int
+    model: Llama, chunking: Chunking, sampled: bool, limits: TreeLimits, width: int
 ) -> Callable[[Tree, Rows, kv.Caches], tuple[Accepted, kv.NewKV, History]]:
     """Verification of a tree's first ``width`` nodes: the accepted path, its keys and values, the history.
 
@@ -283,22 +278,21 @@ def _verifier(
             positions,
             ancestors,
             rows.lengths,
-            platform,
-            score_nodes=layout.score_nodes,
+            score_nodes=chunking.score_nodes,
         )
         history = rows.history
         if sampled:
-            logits_at = _logits_at(model, platform, hidden, layout.logit_nodes)
+            logits_at = _logits_at(model, hidden, chunking.logit_nodes)
             sampling, stop_ids = rows.settings.sampling, rows.settings.stop_ids
             accepted, history = accept_sampled(
                 tree, logits_at, sampling, history, stop_ids, rows.lengths, ~rows.done, depth
             )
-        elif layout.path_logits:
-            scores = logits(model, hidden, platform)
+        elif chunking.path_logits:
+            scores = logits(model, hidden)
             choices = choices_by_path(tree, ancestors, scores, depth, limits.max_leaves)
             accepted = accept_greedy(tree, ancestors, choices, depth)
         else:
-            choices = by_parts(partial(_likeliest, model, platform), layout.logit_nodes, hidden)
+            choices = by_parts(partial(_likeliest, model), chunking.logit_nodes, hidden)
             accepted = accept_greedy(tree, ancestors, choices, depth)
         if not limits.is_chain:
             at = accepted.path[:, None, :, None]
@@ -311,19 +305,19 @@ def _verifier(
     return verify
 
 
-def _likeliest(model: Llama, platform: str, hidden: Float[Array, "B T H"]) -> Int[Array, "B T"]:
-    return jnp.argmax(logits(model, hidden, platform), axis=-1).astype(jnp.int32)
+def _likeliest(model: Llama, hidden: Float[Array, "B T H"]) -> Int[Array, "B T"]:
+    return jnp.argmax(logits(model, hidden), axis=-1).astype(jnp.int32)
 
 
 def _logits_at(
-    model: Llama, platform: str, hidden: Float[Array, "B T H"], logit_nodes: int | None
+    model: Llama, hidden: Float[Array, "B T H"], logit_nodes: int | None
 ) -> Callable[[Int[Array, " B"]], Float[Array, "B V"]]:
     """Logits of a node a row: all computed at once, or each when asked for."""
     if logit_nodes is None or logit_nodes >= hidden.shape[1]:
-        every = logits(model, hidden, platform)
+        every = logits(model, hidden)
         return lambda node: jnp.take_along_axis(every, node[:, None, None], axis=1)[:, 0]
 
     def visit(node: Int[Array, " B"]) -> Float[Array, "B V"]:
-        return logits(model, jnp.take_along_axis(hidden, node[:, None, None], axis=1), platform)[:, 0]
+        return logits(model, jnp.take_along_axis(hidden, node[:, None, None], axis=1))[:, 0]
 
     return visit

@@ -13,10 +13,10 @@ from specmemo_jax.llama.model import Llama, logits
 
 
 def last_of_all_logits(
-    model: Llama, hidden: Float[Array, "1 C H"], count: Int[Array, ""], platform: str
+    model: Llama, hidden: Float[Array, "1 C H"], count: Int[Array, ""]
 ) -> Float[Array, "1 V"]:
     """Logits of the last of ``count`` rows, out of those of all."""
-    every = jax.lax.optimization_barrier(logits(model, hidden, platform))
+    every = jax.lax.optimization_barrier(logits(model, hidden))
     return jax.lax.dynamic_slice_in_dim(every, count - 1, 1, axis=1)[:, 0]
 
 

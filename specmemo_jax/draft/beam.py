@@ -128,7 +128,6 @@ def beam_draft(
     pending: Int[Array, " B"],
     shape: TreeShape,
     vocab_size: int,
-    platform: str,
 ) -> tuple[Tree, NewKV]:
     """A tree rooted in ``pending``, from a draft ``model`` whose ``caches`` hold ``known`` positions a row.
 
@@ -142,9 +141,9 @@ def beam_draft(
     tokens = jnp.pad(unread, ((0, 0), (0, 1)))
     tokens = jnp.where(slots == num_unread[:, None], pending[:, None], tokens)
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((1, U + 1, U + 1), bool)), (B, U + 1, U + 1))
-    hidden, read = forward(model, caches, tokens, known[:, None] + slots, causal, known, platform)
+    hidden, read = forward(model, caches, tokens, known[:, None] + slots, causal, known)
     root = jnp.take_along_axis(hidden, num_unread[:, None, None], axis=1)
-    children, log_p = _likeliest(logits(model, root, platform)[:, :, :vocab_size], k)
+    children, log_p = _likeliest(logits(model, root)[:, :, :vocab_size], k)
     levels = [Level(children[:, 0], log_p[:, 0], jnp.full((B, k), -1, jnp.int32))]
     beam, joint = children[:, 0], log_p[:, 0]
     places = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32)[None, :], (B, k))
@@ -153,9 +152,9 @@ def beam_draft(
     for depth in range(1, shape.depth):
         positions = jnp.broadcast_to((known + num_unread + depth)[:, None], (B, k))
         ancestors = _with_self(visible)
-        hidden, new = forward(model, caches, beam, positions, ancestors, known, platform, earlier=nodes)
+        hidden, new = forward(model, caches, beam, positions, ancestors, known, earlier=nodes)
         nodes = jax.tree.map(lambda old, more: jnp.concatenate([old, more], axis=2), nodes, new)
-        children, log_p = _likeliest(logits(model, hidden, platform)[:, :, :vocab_size], k)
+        children, log_p = _likeliest(logits(model, hidden)[:, :, :vocab_size], k)
         joints = (joint[:, :, None] + log_p).reshape(B, k * k)
         children = children.reshape(B, k * k)
         levels.append(Level(children, joints, jnp.repeat(places, k, axis=1)))

@@ -200,10 +200,9 @@ class DraftModel(BeamDrafter):
         causal = jnp.broadcast_to(jnp.tril(jnp.ones((1, U + C, U + C), bool)), (len(rows), U + C, U + C))
         group = view.group or 0
         cache, own = state.caches[group], rows - kv.first_row(state.caches, group)
-        hidden, new = forward(model, (cache,), both, positions, causal, begin, view.platform, rows=own)
-        # Always true; it ties the write to the end of all reads (see kv.write).
-        begin = jnp.where((hidden[:, 0, 0] < 0).astype(jnp.int32) >= 0, begin, 0)
-        written = kv.write(cache, new, begin, own, view.platform)
+        hidden, new = forward(model, (cache,), both, positions, causal, begin, rows=own)
+        begin = kv.ordered_after(begin, hidden[:, 0, 0])
+        written = kv.write(cache, new, begin, own, view.model.platform)
         return dataclasses.replace(
             state,
             caches=kv.replace(state.caches, group, written),
@@ -224,11 +223,9 @@ class DraftModel(BeamDrafter):
             pending,
             self.shape,
             self.vocab_size,
-            view.platform,
         )
-        # Always true; it ties the write to the end of all reads (see kv.write).
-        starts = jnp.where(tree.tokens[:, -1] >= 0, known, 0)
-        caches = kv.write_every(state.caches, read, starts, view.platform)
+        starts = kv.ordered_after(known, tree.tokens[:, -1])
+        caches = kv.write_every(state.caches, read, starts, view.model.platform)
         return tree, dataclasses.replace(state, caches=caches, known=lengths + 1)
 
     def truncate(self, state: State, lengths: Int[Array, " B"]) -> State:
@@ -236,5 +233,5 @@ class DraftModel(BeamDrafter):
         return dataclasses.replace(state, known=jnp.minimum(state.known, lengths))
 
     def _merge(self, view: View) -> Any:
-        graph, tree, _ = abstract_model(self.config, jnp.dtype(self.dtype))
+        graph, tree, _ = abstract_model(self.config, jnp.dtype(self.dtype), platform=view.model.platform)
         return merge(graph, tree, view.weights)

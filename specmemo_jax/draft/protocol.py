@@ -31,7 +31,6 @@ class View:
     weights: Any
     model: Llama
     caches: Caches
-    platform: str
     group: int | None = None
 
 

@@ -92,6 +92,5 @@ class SelfDrafter(BeamDrafter):
             pending,
             self.shape,
             view.model.config.vocab_size,
-            view.platform,
         )
         return tree, state

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.lax import optimization_barrier
 from jaxtyping import Array, Bool, Float, Int
 
-from specmemo_jax.llama.kv import Leaf, Quantized
+from specmemo_jax.llama.kv import Leaf, Quantized, ordered_after
 
 NEG_INF = -1e30
 
@@ -51,8 +51,8 @@ def tree_attention(
     on_cpu = precision is None
     queries, spare = G * T, int(G * T == 1 and not (on_cpu and jnp.dtype(dtype) == jnp.float32))
     q = jnp.pad(q, ((0, 0), (0, 0), (0, spare), (0, 0)))
-    if k_scales is not None and on_cpu:
-        k_cache = _no_earlier(k_cache, q)
+    if k_scales is not None and on_cpu:  # XLA would convert the caches of all layers before the first one
+        k_cache = k_cache + ordered_after(jnp.zeros((), k_cache.dtype), q)
     past = dot("bkqd,bksd->bkqs", q, k_cache)
     if k_scales is not None:
         past = past * k_scales[:, :, None]
@@ -69,15 +69,7 @@ def tree_attention(
     total = past.sum(-1, keepdims=True) + tree.sum(-1, keepdims=True)
     if v_scales is not None:
         past = past * v_scales[:, :, None]
-        v_cache = _no_earlier(v_cache, past) if on_cpu else v_cache
+        v_cache = v_cache + ordered_after(jnp.zeros((), v_cache.dtype), past) if on_cpu else v_cache
     out = dot("bkqs,bksd->bkqd", past, v_cache) + dot("bkqt,bktd->bkqd", tree, v_new)
     out = (out / total)[:, :, :queries].reshape(B, K, G, T, D)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N * D)
-
-
-def _no_earlier(values: Array, than: Array) -> Array:
-    """``values``, int8, in a way that XLA's CPU backend cannot convert them before it has ``than``; it would
-    convert the caches of all layers first.
-    """
-    zero = jnp.where((than[(0,) * than.ndim] < 0).astype(jnp.int32) >= 0, 0, 1)
-    return values + zero.astype(values.dtype)

@@ -126,10 +126,24 @@ def spans(caches: Caches) -> Iterator[slice]:
 
 
 def select_rows(cache: KVCache, rows: Int[Array, " R"]) -> KVCache:
-    """Some rows of a cache, a copy unless it has only one."""
+    """Some rows of a cache's layers, a copy unless it has only one."""
     if jax.tree.leaves(cache)[0].shape[0] == 1:
         return cache
     return jax.tree.map(lambda buffer: buffer[rows], cache)
+
+
+def ordered_after(value: Array, result: Array) -> Array:
+    """``value``, in a way that XLA cannot have it before it has ``result``.
+
+    The order in which a program reads and writes a cache decides whether XLA copies it. A donated buffer
+    is written in place only if every read of it comes first: so the place of the write (`write`'s
+    ``starts``) has to come after a result of those reads. And what depends on nothing is made for all
+    layers before the first one runs. Where ``result`` has another shape, its first element counts.
+    """
+    if result.shape != value.shape:
+        result = result[(0,) * result.ndim]
+    # Always true, also of nan; XLA does not see it.
+    return jnp.where((result < 0).astype(jnp.int32) >= 0, value, jnp.zeros((), value.dtype))
 
 
 def write(
@@ -139,8 +153,8 @@ def write(
     from ``starts`` on, in place.
 
     Needs ``starts + T <= S``: ``dynamic_update_slice`` would clamp the start silently.
-    For XLA to do it without copying the cache, ``starts`` must depend on a result of
-    every read of the old cache in the same program.
+    For XLA to do it without copying the cache, ``starts`` must come after every read of the old cache in the
+    same program (`ordered_after`).
     """
     put = _put_on_cpu if platform == "cpu" else _put
     return jax.tree.map(lambda old, add: put(old, add.astype(old.dtype), starts, rows), cache, new)

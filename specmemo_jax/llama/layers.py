@@ -16,7 +16,7 @@ def rms_norm(x: Float[Array, "*rows H"], weight: Float[Array, " H"], eps: float)
 
 
 def matmul(x: Float[Array, "B T I"], weight: Float[Array, "O I"], platform: str) -> Float[Array, "B T O"]:
-    """``x @ weight.T`` with float32 result, in the form this platform's compiler runs at memory speed.
+    """``x @ weight.T`` with float32 result, in the form that a platform's compiler runs at memory speed.
 
     ``x`` is cast to the weight's dtype first. On CPU, XLA only finds its fast
     kernels for some spellings; docs/performance-log.md has the measurements:
@@ -45,18 +45,26 @@ def matmul(x: Float[Array, "B T I"], weight: Float[Array, "O I"], platform: str)
 class Linear(nnx.Module):
     """``y = x W^T + b`` with ``W`` of shape ``[out, in]``; float32 result.
 
-    ``axes`` names the logical axes of ``W``, kept as metadata for sharding.
+    ``axes`` names the logical axes of ``W``, kept as metadata for sharding; ``platform`` is what it is
+    compiled for (`matmul`).
     """
 
     def __init__(
-        self, out_size: int, in_size: int, dtype: jnp.dtype, axes: tuple[str, str], bias: bool = False
+        self,
+        out_size: int,
+        in_size: int,
+        dtype: jnp.dtype,
+        axes: tuple[str, str],
+        bias: bool = False,
+        platform: str = "cpu",
     ):
+        self.platform = platform
         self.weight = nnx.Param(jnp.zeros((out_size, in_size), dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((out_size,), dtype), axes=axes[:1]) if bias else None
 
-    def __call__(self, x: Float[Array, "B T I"], platform: str) -> Float[Array, "B T O"]:
+    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         """`matmul` with the weight, plus the bias."""
-        y = matmul(x, self.weight[...], platform)
+        y = matmul(x, self.weight[...], self.platform)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)[None, None]
 
 

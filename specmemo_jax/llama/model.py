@@ -5,8 +5,10 @@ docs/performance-log.md). The modules hold *packed* weights (`specmemo_jax.llama
 query, key and value projections are one matrix, and so are gate and up.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,46 +16,67 @@ from flax import nnx
 from jax.lax import optimization_barrier
 from jaxtyping import Array, Bool, Float, Int
 
+from specmemo_jax.llama import kv
 from specmemo_jax.llama.attention import tree_attention
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.llama.kv import Caches, Leaf, NewKV, Quantized, dequantize, quantize, select_rows, spans
+from specmemo_jax.llama.kv import Caches, Leaf, NewKV
 from specmemo_jax.llama.layers import Linear, RMSNorm, matmul
 from specmemo_jax.llama.rope import rope_tables, rotate
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with a fused QKV projection ``[(N + 2K) * D, H]``."""
+    """Grouped-query attention with a fused QKV projection ``[(N + 2K) * D, H]``, shard by shard."""
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype):
+    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, shards: int, platform: str):
         N, K, D, H = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
-        self.qkv_proj = Linear((N + 2 * K) * D, H, dtype, ("heads", "hidden"), config.attention_bias)
-        self.o_proj = Linear(H, N * D, dtype, ("hidden", "heads"), config.attention_bias)
+        bias, self.heads, self.shards = config.attention_bias, (N, K, D), shards
+        self.qkv_proj = Linear((N + 2 * K) * D, H, dtype, ("heads", "hidden"), bias, platform)
+        self.o_proj = Linear(H, N * D, dtype, ("hidden", "heads"), bias, platform)
+
+    def project(
+        self, x: Float[Array, "B T H"], rotary: tuple[Array, Array]
+    ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """Queries, keys and values; queries and keys rotated to their positions."""
+        (B, T, _), (N, K, D), M = x.shape, self.heads, self.shards
+        qkv = self.qkv_proj(x)
+        qk, v = jnp.split(qkv.reshape(B, T, M, -1, D), [(N + K) // M], axis=3)
+        qk = rotate(qk.reshape(B, T, N + K, D), *rotary).reshape(B, T, M, -1, D)
+        q, k = qk[:, :, :, : N // M], qk[:, :, :, N // M :]
+        return q.reshape(B, T, N, D), k.reshape(B, T, K, D), v.reshape(B, T, K, D)
 
 
 class MLP(nnx.Module):
     """SwiGLU (arXiv 2002.05202) with fused gate and up projections ``[2F, H]``, shard by shard."""
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, shards: int = 1):
+    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, shards: int, platform: str):
         H, F = config.hidden_size, config.ffn_size
         self.shards = shards
-        self.gate_up_proj = Linear(2 * F, H, dtype, ("ffn", "hidden"), config.mlp_bias)
-        self.down_proj = Linear(H, F, dtype, ("hidden", "ffn"), config.mlp_bias)
+        self.gate_up_proj = Linear(2 * F, H, dtype, ("ffn", "hidden"), config.mlp_bias, platform)
+        self.down_proj = Linear(H, F, dtype, ("hidden", "ffn"), config.mlp_bias, platform)
 
-    def __call__(self, x: Float[Array, "B T H"], platform: str) -> Float[Array, "B T H"]:
+    def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
         """``down(silu(gate(x)) * up(x))``, float32."""
         B, T, _ = x.shape
-        both = self.gate_up_proj(x, platform).reshape(B, T, self.shards, 2, -1)
-        return self.down_proj((jax.nn.silu(both[:, :, :, 0]) * both[:, :, :, 1]).reshape(B, T, -1), platform)
+        both = self.gate_up_proj(x).reshape(B, T, self.shards, 2, -1)
+        return self.down_proj((jax.nn.silu(both[:, :, :, 0]) * both[:, :, :, 1]).reshape(B, T, -1))
 
 
 class Block(nnx.Module):
-    """One decoder layer."""
+    """One decoder layer. All layers' are the same pytree but for their weights, so that `run_block` is
+    traced once for all of them.
+    """
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, shards: int = 1):
+    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, shards: int, platform: str):
+        self.platform = platform
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.self_attn = Attention(config, dtype)
+        self.self_attn = Attention(config, dtype, shards, platform)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = MLP(config, dtype, shards)
+        self.mlp = MLP(config, dtype, shards, platform)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The weights' dtype."""
+        return self.self_attn.o_proj.weight.dtype
 
 
 class Llama(nnx.Module):
@@ -61,18 +84,19 @@ class Llama(nnx.Module):
 
     ``lm_head`` is None when the embedding table serves as the head. Fused projections hold
     ``shards`` blocks, each with its own devices' heads or ffn columns, so that splitting their rows
-    over a mesh of so many devices gives every device whole heads.
+    over a mesh of so many devices gives every device whole heads. ``platform`` is what it is compiled for,
+    as JAX spells it.
     """
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, shards: int = 1):
+    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, shards: int = 1, platform: str = "cpu"):
         V, H = config.vocab_size, config.hidden_size
         self.embed_tokens = nnx.Param(jnp.zeros((V, H), dtype), axes=("vocab", "hidden"))
-        self.layers = nnx.List([Block(config, dtype, shards) for _ in range(config.num_layers)])
+        self.layers = nnx.List([Block(config, dtype, shards, platform) for _ in range(config.num_layers)])
         self.norm = RMSNorm(H, config.rms_norm_eps, dtype)
         self.lm_head = (
             None if config.tied_embeddings else nnx.Param(jnp.zeros((V, H), dtype), axes=("vocab", "hidden"))
         )
-        self.config, self.shards = config, shards
+        self.config, self.shards, self.platform = config, shards, platform
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -87,7 +111,6 @@ def forward(
     positions: Int[Array, "B T"],
     ancestors: Bool[Array, "B T M"],
     lengths: Int[Array, " B"],
-    platform: str,
     earlier: NewKV | None = None,
     score_nodes: int | None = None,
     rows: Int[Array, " B"] | None = None,
@@ -104,46 +127,70 @@ def forward(
     either; they come before the T new ones in ``ancestors``. ``score_nodes``: the most nodes whose
     attention scores exist at once; each further part reads the cache once more.
     """
-    config, dtype = model.config, model.dtype
-    N, K, D = config.num_heads, config.num_kv_heads, config.head_dim
-    (B, T), M = tokens.shape, model.shards
-    precision = None if platform == "cpu" else jax.lax.Precision.HIGHEST
-    cos, sin = rope_tables(config, positions)
-    x = embed(model, tokens)
-    new = []
-    groups = (slice(0, B),) if rows is not None else tuple(spans(caches))
+    x, rotary, new = embed(model, tokens), rope_tables(model.config, positions), []
     for i in range(len(caches[0])):
-        block, layer = model.layers[i], tuple(cache[i] for cache in caches)
-        if rows is not None:
-            # Always true; without it XLA's CPU backend copies every layer's rows before the first layer.
-            now = jnp.where((x[:, 0, 0] < 0).astype(jnp.int32) >= 0, rows, 0)
-            layer = select_rows(layer, now)
-        qkv = block.self_attn.qkv_proj(block.input_layernorm(x), platform)
-        qk, v = jnp.split(qkv.reshape(B, T, M, -1, D), [(N + K) // M], axis=3)
-        qk = rotate(qk.reshape(B, T, N + K, D), cos, sin).reshape(B, T, M, -1, D)
-        q, k = qk[:, :, :, : N // M].reshape(B, T, N, D), qk[:, :, :, N // M :]
-        # What waits for the commit waits in the cache's dtype.
-        # In int8 its nodes see each other as they will be seen in the cache, whatever the tree.
-        as_cached = quantize if isinstance(layer[0][0], Quantized) else lambda x: x.astype(dtype)
-        pair = tuple(as_cached(heads.reshape(B, T, K, D).transpose(0, 2, 1, 3)) for heads in (k, v))
-        pair = optimization_barrier(pair)  # else XLA keeps the projection's float32 and converts at the end
+        layer = tuple(cache[i] for cache in caches)
+        before = None if earlier is None else earlier[i]
+        seen = Sight(layer, before, ancestors, lengths, rows)
+        x, pair = run_block(model.layers[i], x, rotary, seen, score_nodes)
         new.append(pair)
-        if earlier is not None:
-            pair = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), earlier[i], pair)
-        k, v = map(dequantize, pair)
-
-        def attend(of: slice, held: tuple[Leaf, Leaf], q: Array, ancestors: Array) -> Array:
-            near = k[of], v[of]  # noqa: B023
-            return tree_attention(q, *near, *held, ancestors, lengths[of], dtype, precision)
-
-        parts = [
-            by_parts(partial(attend, of, held), score_nodes, q[of], ancestors[of])
-            for of, held in zip(groups, layer, strict=True)
-        ]
-        attended = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-        x = x + block.self_attn.o_proj(attended, platform)
-        x = x + block.mlp(block.post_attention_layernorm(x), platform)
     return model.norm(x), tuple(new)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """What the nodes of one layer see beside themselves: each group's keys and values of the layer, those of
+    ``earlier`` nodes, and of both what `forward` says.
+    """
+
+    cache: Any
+    earlier: Any
+    ancestors: Leaf
+    lengths: Leaf
+    rows: Any
+
+
+@partial(jax.jit, static_argnums=4)
+def run_block(
+    block: Block,
+    x: Float[Array, "B T H"],
+    rotary: tuple[Array, Array],
+    sight: Sight,
+    score_nodes: int | None,
+) -> tuple[Float[Array, "B T H"], tuple[Leaf, Leaf]]:
+    """One layer: the residual after it, and the nodes' keys and values ``[B, K, T, D]`` as a cache has them.
+
+    A function of its own under `jax.jit`, so that the layers of a program, and of programs of equal shapes,
+    share one trace and one lowering; the compiler inlines it.
+    """
+    B, layer, dtype = x.shape[0], sight.cache, block.dtype
+    precision = None if block.platform == "cpu" else jax.lax.Precision.HIGHEST
+    groups = (slice(0, B),) if sight.rows is not None else tuple(kv.spans(layer))
+    if sight.rows is not None:
+        # Else XLA's CPU backend copies every layer's rows before the first layer.
+        layer = kv.select_rows(layer, kv.ordered_after(sight.rows, x))
+    q, k, v = block.self_attn.project(block.input_layernorm(x), rotary)
+    # What waits for the commit waits in the cache's dtype.
+    # In int8 its nodes see each other as they will be seen in the cache, whatever the tree.
+    as_cached = kv.quantize if isinstance(layer[0][0], kv.Quantized) else lambda x: x.astype(dtype)
+    new = tuple(as_cached(heads.transpose(0, 2, 1, 3)) for heads in (k, v))
+    new = optimization_barrier(new)  # else XLA keeps the projection's float32 and converts at the end
+    near = new
+    if sight.earlier is not None:
+        near = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), sight.earlier, new)
+    k, v = map(kv.dequantize, near)
+
+    def attend(of: slice, held: tuple[Leaf, Leaf], q: Array, ancestors: Array) -> Array:
+        return tree_attention(q, k[of], v[of], *held, ancestors, sight.lengths[of], dtype, precision)
+
+    parts = [
+        by_parts(partial(attend, of, held), score_nodes, q[of], sight.ancestors[of])
+        for of, held in zip(groups, layer, strict=True)
+    ]
+    attended = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    x = x + block.self_attn.o_proj(attended)
+    return x + block.mlp(block.post_attention_layernorm(x)), new
 
 
 def embed(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T H"]:
@@ -177,9 +224,8 @@ def by_parts(function: Callable[..., Array], nodes: int | None, *inputs: Array) 
 
     pieces = tuple(map(split, inputs))
     one = jax.eval_shape(function, *(x[0] for x in pieces))
-    # Always zero; a constant's copies for the loops of all layers would be made before the first layer.
-    first = inputs[0][(0,) * inputs[0].ndim]
-    zero = jnp.where((first < 0).astype(jnp.int32) >= 0, 0, 1).astype(one.dtype)
+    # A constant's copies for the loops of all layers would be made before the first layer.
+    zero = kv.ordered_after(jnp.zeros((), one.dtype), inputs[0])
 
     def run(i: Array, out: Array) -> Array:
         return out.at[i].set(function(*(x[i] for x in pieces)), mode="promise_in_bounds")
@@ -188,7 +234,7 @@ def by_parts(function: Callable[..., Array], nodes: int | None, *inputs: Array) 
     return jnp.moveaxis(out, 0, 1).reshape(B, parts * nodes, *out.shape[3:])[:, :T]
 
 
-def logits(model: Llama, hidden: Float[Array, "B T H"], platform: str) -> Float[Array, "B T V"]:
+def logits(model: Llama, hidden: Float[Array, "B T H"]) -> Float[Array, "B T V"]:
     """Float32 logits of the given rows (a separate step: only the rows that someone needs)."""
     head = model.embed_tokens if model.lm_head is None else model.lm_head
-    return matmul(hidden, head[...], platform)
+    return matmul(hidden, head[...], model.platform)

@@ -64,10 +64,10 @@ def packed_name(name: str) -> tuple[str, int]:
 
 
 def abstract_model(
-    config: LlamaConfig, dtype: jnp.dtype, shards: int = 1
+    config: LlamaConfig, dtype: jnp.dtype, shards: int = 1, platform: str = "cpu"
 ) -> tuple[Any, Any, dict[str, jax.ShapeDtypeStruct]]:
     """Graph, tree and packed parameter shapes (in leaf order) of a model, without allocating it."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(config, jnp.dtype(dtype), shards)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(config, jnp.dtype(dtype), shards, platform)))
     paths, tree = jax.tree_util.tree_flatten_with_path(state)
     names = [
         ".".join(str(getattr(key, "key", key)) for key in path if hasattr(key, "key")) for path, _ in paths
@@ -98,7 +98,7 @@ def pack(
     """
     dtype = jnp.dtype(dtype)
     device = device or jax.devices()[0]
-    graph, tree, shapes = abstract_model(config, dtype, shards)
+    graph, tree, shapes = abstract_model(config, dtype, shards, device.platform)
     expected = config.tensor_shapes()
     parts: dict[str, dict[int, np.ndarray]] = {}
     packed: dict[str, jax.Array] = {}
@@ -128,7 +128,7 @@ def pack(
 
 def abstract_target(config: LlamaConfig, dtype: jnp.dtype, platform: str, shards: int = 1) -> Target:
     """A `Target` of shapes alone, to lower programs with; its leaves are ShapeDtypeStructs."""
-    graph, tree, shapes = abstract_model(config, dtype, shards)
+    graph, tree, shapes = abstract_model(config, dtype, shards, platform)
     leaves = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in shapes.values())
     return Target(config, jnp.dtype(dtype), platform, leaves, graph, tree)
 

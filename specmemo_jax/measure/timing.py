@@ -234,7 +234,7 @@ def _draft_case(target: Target, drafter: Drafter, capacity: int, repeats: int) -
     rows, weights, held = state.rows, engine.draft_weights, [state.draft]
 
     def draft(leaves: Any, weights: Any, caches: Any, own: State) -> tuple[Any, State]:
-        view = View(weights, target.merge(leaves), caches, target.platform)
+        view = View(weights, target.merge(leaves), caches)
         tree, own = drafter.propose(view, own, rows.pending, rows.lengths)
         told = jnp.zeros((1, drafter.max_depth + 1), jnp.int32)
         one = jnp.ones((1,), jnp.int32)

@@ -97,8 +97,8 @@ def test_a_product_compiles_for_each(slug):
 def step(target):
     def run(leaves, cache, tokens, positions, ancestors, lengths):
         model = target.merge(leaves)
-        hidden, new = forward(model, (cache,), tokens, positions, ancestors, lengths, "gpu")
-        chosen = logits(model, hidden, "gpu").argmax(-1)
+        hidden, new = forward(model, (cache,), tokens, positions, ancestors, lengths)
+        chosen = logits(model, hidden).argmax(-1)
         starts = lengths + (chosen[:, 0] == tokens[:, 1]).astype(
             jnp.int32
         )  # the write waits for what was read

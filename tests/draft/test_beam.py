@@ -59,7 +59,7 @@ def paths(tree, b):
 
 
 def view(drafter):
-    return View(drafter.weights(TARGET), TARGET.merge(TARGET.leaves), (), "cpu")
+    return View(drafter.weights(TARGET), TARGET.merge(TARGET.leaves), ())
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_a_self_draft_reads_the_target_s_cache():
     def run(leaves):
         model = TARGET.merge(leaves)
         zero, causal = jnp.zeros((1,), jnp.int32), jnp.tril(jnp.ones((1, T, T), bool))
-        _, new = forward(model, (empty,), jnp.array([ids[:T]]), jnp.arange(T)[None], causal, zero, "cpu")
-        sight = View((), model, (kv.write(empty, new, zero, zero, "cpu"),), "cpu")
+        _, new = forward(model, (empty,), jnp.array([ids[:T]]), jnp.arange(T)[None], causal, zero)
+        sight = View((), model, (kv.write(empty, new, zero, zero, "cpu"),))
         return drafter.propose(sight, (), jnp.array(ids[T:]), jnp.array([T]))[0]
 
     tree = run(TARGET.leaves)

@@ -18,7 +18,7 @@ from specmemo_jax.llama.model import Llama
 from specmemo_jax.testing import TINY
 
 S = 24
-VIEW = View((), Llama(TINY, jnp.dtype("float32")), (), "cpu")
+VIEW = View((), Llama(TINY, jnp.dtype("float32")), ())
 
 
 @functools.cache

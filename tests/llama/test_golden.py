@@ -33,9 +33,9 @@ def program(config: LlamaConfig, dtype: str):
         T = tokens.shape[1]
         causal = jnp.tril(jnp.ones((1, T, T), bool))
         positions = starts[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-        hidden, new = forward(model, (cache,), tokens, positions, causal, starts, "cpu")
+        hidden, new = forward(model, (cache,), tokens, positions, causal, starts)
         cache = kv.write(cache, new, starts, jnp.zeros((1,), jnp.int32), "cpu")
-        return cache, logits(model, hidden, "cpu")[0]
+        return cache, logits(model, hidden)[0]
 
     return run
 
