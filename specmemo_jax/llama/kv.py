@@ -116,8 +116,8 @@ def capacity_of(caches: Caches) -> int:
     return max(jax.tree.leaves(cache)[0].shape[2] for cache in caches)
 
 
-def spans(caches: Caches) -> Iterator[slice]:
-    """Each group's rows among all."""
+def spans(caches: Caches | KVCache) -> Iterator[slice]:
+    """Each group's rows among all; of whole caches or of one layer's."""
     first = 0
     for cache in caches:
         rows = jax.tree.leaves(cache)[0].shape[0]
