@@ -37,7 +37,7 @@ import numpy as np
 from specmemo_jax import LLM, LlamaConfig, RequestOutput, SamplingParams
 from specmemo_jax.checkpoints.zoo import zoo_config
 from specmemo_jax.engine.engine import Engine
-from specmemo_jax.engine.sequence import Request
+from specmemo_jax.engine.request import Request
 
 BUNDLED = Path(__file__).parent.parent / "tests" / "data" / "mt_bench_reference.jsonl"
 

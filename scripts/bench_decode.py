@@ -29,7 +29,7 @@ from specmemo_jax.devices.compiled import compiled_memory
 from specmemo_jax.devices.compiler import enable_compilation_cache
 from specmemo_jax.draft import NgramDrafter, make_drafter
 from specmemo_jax.engine.engine import Engine
-from specmemo_jax.engine.sequence import Request
+from specmemo_jax.engine.request import Request
 from specmemo_jax.llama.packing import Target, pack
 from specmemo_jax.measure.timing import part_filled
 from specmemo_jax.memory.plan import make_plan

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from specmemo_jax import LLM, SamplingParams
 from specmemo_jax.draft import NgramDrafter
 from specmemo_jax.engine.engine import Engine
-from specmemo_jax.engine.sequence import Request
+from specmemo_jax.engine.request import Request
 from specmemo_jax.files.prompts import read_prompts
 from specmemo_jax.llama.kv import capacity_of
 

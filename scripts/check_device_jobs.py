@@ -29,7 +29,7 @@ from specmemo_jax.devices.compiler import enable_compilation_cache
 from specmemo_jax.devices.table import Device, default_dtype
 from specmemo_jax.draft import Drafter, NgramDrafter, make_drafter
 from specmemo_jax.engine.engine import Engine
-from specmemo_jax.engine.sequence import Request
+from specmemo_jax.engine.request import Request
 from specmemo_jax.errors import CapacityError
 from specmemo_jax.files.prompts import read_prompts
 from specmemo_jax.llama.config import LlamaConfig

@@ -14,7 +14,6 @@ near-ties may flip: the differing rows are counted and nothing fails.
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import sys
 import time
@@ -33,7 +32,7 @@ from specmemo_jax.checkpoints import open_checkpoint, resolve
 from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, TreeShape, make_drafter
 from specmemo_jax.draft.ngram import chain
 from specmemo_jax.engine.engine import Engine
-from specmemo_jax.engine.sequence import Request, RowLog
+from specmemo_jax.engine.request import Request
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.testing import tiny_llama
 
@@ -92,22 +91,22 @@ class Positions:
     def __init__(self, options: argparse.Namespace, longest: int):
         self._model = LLM(options.model, drafter=None, dtype=options.dtype, max_batch=1, max_context=longest)
         self._alone = self._model.engine
-        self._seen: dict[int, tuple[RowLog, int]] = {}  # each log, and its tokens when it was last compared
+        self._seen: dict[int, tuple[Request, int]] = {}  # each log, and its tokens when it was last compared
         self.compared = self.wrong = 0
 
     def look(self, engine: Engine) -> None:
         """Compare the rows that have grown by 16 tokens since."""
         for row, log in enumerate(engine.rows):
-            if log is None or log.cached < self._seen.get(id(log), (log, 0))[1] + 16:
+            if log is None or log.num_cached < self._seen.get(id(log), (log, 0))[1] + 16:
                 continue
-            self._seen[id(log)] = log, log.cached
-            self._alone.admit(0, Request(log.ids[: log.cached], 1))
-            differs = np.zeros(log.cached, bool)
+            self._seen[id(log)] = log, log.num_cached
+            self._alone.admit(0, Request(log.ids[: log.num_cached], 1))
+            differs = np.zeros(log.num_cached, bool)
             for mine, fresh in zip(engine.committed(row), self._alone.committed(0), strict=True):
                 for found, want in zip(mine, fresh, strict=True):
                     differs |= (np.abs(found - want) > ROUNDING * np.abs(want).max()).any(axis=(0, 2))
             self._alone.release(0)
-            self.compared, self.wrong = self.compared + log.cached, self.wrong + int(differs.sum())
+            self.compared, self.wrong = self.compared + log.num_cached, self.wrong + int(differs.sum())
 
     def close(self) -> None:
         """Free the model that reads alone."""
@@ -133,7 +132,7 @@ def answers(
     with LLM(options.model, **arguments) as llm, tqdm(total=len(prompts), disable=None, leave=False) as bar:
         jobs = [llm.job(*pair, place) for place, pair in enumerate(zip(prompts, params, strict=True))]
         for job in jobs:
-            job.request = dataclasses.replace(job.request, reuse=options.sampled)
+            job.request.reuse = options.sampled
         with contextlib.closing(llm.run_jobs(jobs)) as running:
             for job in running:
                 bar.update(job.output is not None)

@@ -20,7 +20,7 @@ from specmemo_jax.draft.load import open_draft_model
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.program_cache import ProgramCache
 from specmemo_jax.engine.programs import Programs, tuning_bytes
-from specmemo_jax.engine.sequence import Request
+from specmemo_jax.engine.request import Request
 from specmemo_jax.errors import RequestError
 from specmemo_jax.files.byte_size import parse_bytes
 from specmemo_jax.llama.config import LlamaConfig

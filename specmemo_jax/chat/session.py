@@ -198,7 +198,7 @@ class ChatSession:
             most = min(max(LONGEST_ANSWER, params.min_tokens), context - len(ids))
             params = dataclasses.replace(params, max_tokens=most)
         job = self.llm.job(ids, params, 0)
-        job.request = dataclasses.replace(job.request, reuse=True)
+        job.request.reuse = True
         asked = Turn(text, "", prompt, (), whole)
         self.stream = ChatStream(self, job, asked, kept, turns[: len(turns) - len(kept)])
         return self.stream

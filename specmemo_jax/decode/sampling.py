@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from specmemo_jax.llama.kv import Leaf
@@ -51,21 +52,25 @@ class History:
     recent: Leaf
 
 
-def greedy_sampling(batch: int, bad_words: tuple[int, int]) -> Sampling:
-    """Settings that change nothing: greedy, no penalty, no bad word."""
-    zeros, ones = jnp.zeros((batch,), jnp.float32), jnp.ones((batch,), jnp.float32)
+def plain_sampling(bad_words: tuple[int, int]) -> Sampling:
+    """One row's settings that change nothing, on the host: greedy, no penalty, no bad word."""
     return Sampling(
-        temperature=zeros,
-        top_p=ones,
-        top_k=jnp.full((batch,), jnp.iinfo(jnp.int32).max),
-        min_p=jnp.zeros_like(zeros),
-        repetition=jnp.ones_like(ones),
-        presence=jnp.zeros_like(zeros),
-        frequency=jnp.zeros_like(zeros),
-        key=jnp.zeros((batch, 2), jnp.uint32),
-        min_length=jnp.zeros((batch,), jnp.int32),
-        bad_words=jnp.full((batch, *bad_words), -1, jnp.int32),
+        temperature=np.float32(0),
+        top_p=np.float32(1),
+        top_k=np.int32(np.iinfo(np.int32).max),
+        min_p=np.float32(0),
+        repetition=np.float32(1),
+        presence=np.float32(0),
+        frequency=np.float32(0),
+        key=np.zeros((2,), np.uint32),
+        min_length=np.int32(0),
+        bad_words=np.full(bad_words, -1, np.int32),
     )
+
+
+def greedy_sampling(batch: int, bad_words: tuple[int, int]) -> Sampling:
+    """`plain_sampling` of every row."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (batch, *leaf.shape)), plain_sampling(bad_words))
 
 
 def empty_history(batch: int, vocab_size: int, recent: int) -> History:

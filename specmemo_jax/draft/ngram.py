@@ -31,21 +31,25 @@ LEARNING_RATE = 0.125  # what the last match counts; a power of 2, so that hosts
 class HitRates:
     """How often a row's matches foretold the next token.
 
-    ``chances`` ``[B, N]``: of matches of 1 to N tokens, the last ones weighing most.
-    ``guesses`` ``[B, 3]``: what the last match foretold: a token, its position, how many tokens matched.
+    ``rates`` ``[B, N]``: of matches of 1 to N tokens, the last ones weighing most.
+    ``last_guesses`` ``[B, 3]``: what the last match foretold: a token, its position, how many tokens matched.
     """
 
-    chances: Leaf
-    guesses: Leaf
+    rates: Leaf
+    last_guesses: Leaf
 
     def checked(self, history: Int[Array, "B S"], lengths: Int[Array, " B"]) -> Float[Array, "B N"]:
-        """The chances after the last guess, whose token is known by now unless its row is done."""
-        token, position, matched = jnp.moveaxis(self.guesses, 1, 0)
+        """The rates after the last guess, whose token is known by now unless its row is done.
+
+        ``history`` must hold every token before ``lengths``: a guess is judged by what stands at its place.
+        So a drafter that slept is told what it missed in every row before it proposes again.
+        """
+        token, position, matched = jnp.moveaxis(self.last_guesses, 1, 0)
         came = jnp.take_along_axis(history, position[:, None], axis=1)[:, 0]
         hit = (came == token).astype(jnp.float32)
         known = jnp.where(position <= lengths, matched, 0)
-        used = jnp.arange(1, self.chances.shape[1] + 1)[None, :] == known[:, None]
-        return jnp.where(used, updated_rate(self.chances, hit[:, None]), self.chances)
+        used = jnp.arange(1, self.rates.shape[1] + 1)[None, :] == known[:, None]
+        return jnp.where(used, updated_rate(self.rates, hit[:, None]), self.rates)
 
 
 @jax.tree_util.register_dataclass
@@ -133,7 +137,7 @@ class NgramDrafter(Drafter):
 
     @property
     def initial_hit_rates(self) -> tuple[float, ...]:
-        """What a row's matches of 1, 2, ... tokens are trusted with before any was seen."""
+        """Of matches of 1 to N tokens, before any was seen in a row."""
         asked = self.ladder[0][1] if self.ladder else 1
         untried, usual = self.min_hit_rate / 2, (1 + self.min_hit_rate) / 2
         return tuple(untried if n < asked else usual for n in range(1, self.max_ngram + 1))
@@ -147,12 +151,12 @@ class NgramDrafter(Drafter):
         return dataclasses.replace(self, num_nodes=num_nodes, ladder=(*below, (num_nodes, match)))
 
     def init(self, groups: Groups) -> NgramState:
-        """Token history ``[B, S]``, every row's as wide as the widest group's, and trust."""
+        """Token history ``[B, S]``, every row's as wide as the widest group's, and hit rates ``[B, N]``."""
         history = jnp.full((groups.rows, groups.most), NO_TOKEN, jnp.int32)
         if not self.min_hit_rate:
             return NgramState(history, None)
-        chances = jnp.tile(jnp.asarray(self.initial_hit_rates, jnp.float32), (groups.rows, 1))
-        return NgramState(history, HitRates(chances, jnp.zeros((groups.rows, 3), jnp.int32)))
+        rates = jnp.tile(jnp.asarray(self.initial_hit_rates, jnp.float32), (groups.rows, 1))
+        return NgramState(history, HitRates(rates, jnp.zeros((groups.rows, 3), jnp.int32)))
 
     def grow(self, state: NgramState, groups: Groups) -> NgramState:
         """Pad the history."""
@@ -161,13 +165,13 @@ class NgramDrafter(Drafter):
         return NgramState(history, state.hit_rates)
 
     def buffers(self, groups: Groups) -> tuple[Buffer, ...]:
-        """The history, and trust."""
+        """The history, and the hit rates."""
         B, S, N = groups.rows, groups.most, self.max_ngram
         history = Buffer("ngram history", (B, S), "int32", 4 * B * S)
         if not self.min_hit_rate:
             return (history,)
-        chances = Buffer("ngram chances by length", (B, N), "float32", 4 * B * N)
-        return (history, chances, Buffer("ngram last guesses", (B, 3), "int32", 4 * B * 3))
+        rates = Buffer("ngram hit rates", (B, N), "float32", 4 * B * N)
+        return (history, rates, Buffer("ngram last guesses", (B, 3), "int32", 4 * B * 3))
 
     def live_sets(self, target: ForwardShape, chunk: int | None) -> tuple[LiveSet, ...]:
         """The history with its pending token, rolled, matched and scored; reading a chunk takes nothing."""
@@ -195,19 +199,24 @@ class NgramDrafter(Drafter):
         starts: Int[Array, " R"],
         counts: Int[Array, " R"],
     ) -> NgramState:
-        """Write the tokens where they stand; the rest of the chunk is dropped. A row that starts anew, or is
-        told what comes before its last guess (a chat that took a turn back), is trusted as at first.
+        """Write the tokens where they stand; the rest of the chunk is dropped. The hit rates belong to the
+        row's text: one that is told another text, or less of it than was guessed from (a chat that took a
+        turn back), begins with the first rates again.
         """
         S = state.history.shape[1]
         columns = jnp.arange(tokens.shape[1])[None, :]
-        positions = jnp.where(columns < counts[:, None], starts[:, None] + columns, S)
+        told = columns < counts[:, None]
+        positions = jnp.where(told, starts[:, None] + columns, S)
         history = state.history.at[rows[:, None], positions].set(tokens, mode="drop")
         if state.hit_rates is None:
             return NgramState(history, None)
-        back = starts + 1 < state.hit_rates.guesses[rows, 1]
-        anew = jnp.where((starts == 0) | back, rows, history.shape[0])
-        chances = state.hit_rates.chances.at[anew].set(jnp.asarray(self.initial_hit_rates), mode="drop")
-        return NgramState(history, HitRates(chances, state.hit_rates.guesses.at[anew].set(0, mode="drop")))
+        known = state.hit_rates.last_guesses[rows, 1] - 1  # positions that were observed before the guess
+        before = state.history[rows[:, None], jnp.minimum(positions, S - 1)]
+        differs = jnp.any(told & (positions < known[:, None]) & (before != tokens), axis=1)
+        anew = jnp.where(differs | (starts + counts < known), rows, history.shape[0])
+        rates = state.hit_rates.rates.at[anew].set(jnp.asarray(self.initial_hit_rates), mode="drop")
+        guesses = state.hit_rates.last_guesses.at[anew].set(0, mode="drop")
+        return NgramState(history, HitRates(rates, guesses))
 
     def propose(
         self, view: View, state: NgramState, pending: Int[Array, " B"], lengths: Int[Array, " B"]
@@ -238,16 +247,16 @@ class NgramDrafter(Drafter):
         longest, hit_rates = jnp.max(matched, axis=1), state.hit_rates
         worth = self._worth(longest)
         if hit_rates is not None:
-            chances = hit_rates.checked(history, lengths)
-            chance = jnp.take_along_axis(chances, jnp.maximum(longest - 1, 0)[:, None], axis=1)[:, 0]
+            rates = hit_rates.checked(history, lengths)
+            rate = jnp.take_along_axis(rates, jnp.maximum(longest - 1, 0)[:, None], axis=1)[:, 0]
             proved = self._worth(jnp.maximum(longest, self.ladder[0][1]))
-            worth = jnp.where((longest > 0) & (chance >= self.min_hit_rate), proved, 1)
-            hit_rates = HitRates(chances, jnp.stack([chains[0][:, 0], lengths + 1, longest], axis=1))
+            worth = jnp.where((longest > 0) & (rate >= self.min_hit_rate), proved, 1)
+            hit_rates = HitRates(rates, jnp.stack([chains[0][:, 0], lengths + 1, longest], axis=1))
         tree = self._grow_tree(pending, jnp.stack(chains, 1), jnp.stack(found, 1), worth)
         return tree, NgramState(state.history, hit_rates)
 
     def _worth(self, matched: Int[Array, " B"]) -> Int[Array, " B"]:
-        """Nodes, root included, that a match of so many tokens may fill."""
+        """Node budget, root included, of a match of so many tokens."""
         if not self.ladder:
             return jnp.full_like(matched, self.num_nodes)
         nodes, matches = (jnp.asarray(x, jnp.int32) for x in zip((1, 0), *self.ladder, strict=True))

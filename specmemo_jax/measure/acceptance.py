@@ -19,7 +19,8 @@ from specmemo_jax.draft import LADDERS, Drafter, NgramDrafter, make_drafter
 from specmemo_jax.draft.ngram import updated_rate
 from specmemo_jax.draft.tree import NO_TOKEN, Tree
 from specmemo_jax.engine.engine import Engine
-from specmemo_jax.engine.sequence import Request
+from specmemo_jax.engine.request import Request
+from specmemo_jax.engine.runner import grown
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama import kv
 from specmemo_jax.planning.expected import shape_key
@@ -242,23 +243,19 @@ def recorded(engine: Engine, request: Request) -> tuple[list[int], list[Proposal
 
     ``engine`` has a drafter and no live row; its device state is begun anew.
     """
-    ids = [*request.prompt, engine.admit(0, request)]
-    end, trees = len(request.prompt) + request.max_tokens, []
+    engine.admit(0, request)
+    ids, end, trees = request.ids, request.num_prompt + request.max_tokens, []
     now, state = engine.capacity, engine.take_state()
     capacity = max(now, engine.plan.capacity_for(min(end, engine.plan.context) + engine.plan.slack))
     if capacity > now:
-        assert engine.drafter is not None
-        groups = engine.plan.groups_at(capacity)
-        draft = engine.drafter.grow(state.draft, groups)
-        state = dataclasses.replace(state, caches=kv.grow(state.caches, groups), draft=draft)
+        state = grown(state, engine.drafter, engine.plan, capacity)
     step = engine.step_program(capacity, record=True)
     while len(ids) < end and ids[-1] not in request.stop_ids:
         state, tree = step(engine.target.leaves, engine.draft_weights, state)
         trees.append((_at_host(tree), len(ids)))
         count, *tokens = drain(state.emitted, 1)[0, 0].tolist()
         ids.extend(tokens[:count])
-    new = ids[len(request.prompt) :]
-    return new, [Proposal.of(tree, 0, ids[at:]) for tree, at in trees]
+    return request.new_ids, [Proposal.of(tree, 0, ids[at:]) for tree, at in trees]
 
 
 def profile_of_steps(

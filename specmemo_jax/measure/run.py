@@ -16,7 +16,7 @@ from specmemo_jax.devices.table import default_dtype, live_device
 from specmemo_jax.draft import Drafter, NgramDrafter, default_shape, is_model_name, make_drafter
 from specmemo_jax.draft.load import open_draft_model
 from specmemo_jax.engine.engine import Engine
-from specmemo_jax.engine.sequence import Request
+from specmemo_jax.engine.request import Request
 from specmemo_jax.errors import ConfigError, RequestError
 from specmemo_jax.files.prompts import PromptRecord, read_prompts
 from specmemo_jax.llama.packing import Target, pack

@@ -22,7 +22,7 @@ from specmemo_jax.draft.ngram import NgramState
 from specmemo_jax.draft.protocol import State
 from specmemo_jax.draft.tree import Tree
 from specmemo_jax.engine.engine import Engine
-from specmemo_jax.engine.sequence import Request
+from specmemo_jax.engine.request import Request
 from specmemo_jax.llama.kv import Groups
 from specmemo_jax.llama.packing import Target
 from specmemo_jax.memory.plan import make_plan

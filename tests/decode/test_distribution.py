@@ -19,7 +19,7 @@ from specmemo_jax.decode.emitted import Emitted, drain
 from specmemo_jax.decode.sampling import choose, remember
 from specmemo_jax.draft import DraftModel, NgramDrafter, SelfDrafter, TreeShape
 from specmemo_jax.engine.engine import Engine
-from specmemo_jax.engine.sequence import Request
+from specmemo_jax.engine.request import Request
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.memory.plan import make_plan
 from specmemo_jax.serve.params import SamplingParams

@@ -164,8 +164,8 @@ def told(text, capacity=S):
     return state
 
 
-def chances(state, row=1):
-    return state.hit_rates.chances[row].tolist()
+def rates(state, row=1):
+    return state.hit_rates.rates[row].tolist()
 
 
 FIRST = pytest.approx(CAREFUL.initial_hit_rates)
@@ -173,14 +173,14 @@ FIRST = pytest.approx(CAREFUL.initial_hit_rates)
 
 def test_what_is_learned_moves_and_grows_with_the_row():
     state = told(MISLEADING)
-    updated_rate = chances(state)
-    assert updated_rate[0] > CAREFUL.initial_hit_rates[0]
-    assert updated_rate[1] < CAREFUL.initial_hit_rates[1]
+    found = rates(state)
+    assert found[0] > CAREFUL.initial_hit_rates[0]
+    assert found[1] < CAREFUL.initial_hit_rates[1]
     grown = CAREFUL.grow(state, Groups.of(2, 2 * S))
     assert grown.history.shape == (2, 2 * S)
     moved: Any = CAREFUL.move(grown, (0, jnp.int32(1)), (0, jnp.int32(0)), "cpu")
-    assert chances(moved, 0) == chances(moved, 1) == updated_rate
-    guesses = moved.hit_rates.guesses
+    assert rates(moved, 0) == rates(moved, 1) == found
+    guesses = moved.hit_rates.last_guesses
     assert guesses[0].tolist() == guesses[1].tolist() == [10, len(MISLEADING), 2]
     assert moved.history[0].tolist() == moved.history[1].tolist()
 
@@ -190,9 +190,34 @@ def test_a_row_that_starts_anew_or_goes_back_forgets_what_was_learned(start, for
     state = told(MISLEADING)
     one = jnp.array([1])
     after: Any = CAREFUL.observe(VIEW, state, one, jnp.array([[5, 6, 0]]), jnp.array([start]), jnp.array([2]))
-    assert chances(after) == (FIRST if forgets else chances(state))
-    assert chances(after, 0) == FIRST
-    assert bool(after.hit_rates.guesses[1].any()) is not forgets
+    assert rates(after) == (FIRST if forgets else rates(state))
+    assert rates(after, 0) == FIRST
+    assert bool(after.hit_rates.last_guesses[1].any()) is not forgets
+
+
+@pytest.mark.parametrize("start", [0, 1, 10, len(MISLEADING) - 1])
+@pytest.mark.parametrize("more", [0, 1, 3])
+def test_hit_rates_told_the_same_text_again_stay(start, more):
+    """As in a chunk that is moved back from the end of a row's slots."""
+    state = told(MISLEADING)
+    chunk = [*MISLEADING[start:], *[90] * more]
+    after: Any = CAREFUL.observe(
+        VIEW, state, jnp.array([1]), jnp.array([chunk]), jnp.array([start]), jnp.array([len(chunk)])
+    )
+    assert rates(after) == rates(state)
+    assert after.hit_rates.last_guesses.tolist() == state.hit_rates.last_guesses.tolist()
+
+
+@pytest.mark.parametrize("start", [0, 1, 10])
+@pytest.mark.parametrize("how", ["another token", "a shorter text"])
+def test_hit_rates_told_another_text_begin_anew(start, how):
+    state = told(MISLEADING)
+    chunk = MISLEADING[start:-2] if how == "a shorter text" else [*MISLEADING[start:-4], 77, *MISLEADING[-3:]]
+    after: Any = CAREFUL.observe(
+        VIEW, state, jnp.array([1]), jnp.array([chunk]), jnp.array([start]), jnp.array([len(chunk)])
+    )
+    assert rates(after) == FIRST
+    assert not after.hit_rates.last_guesses[1].any()
 
 
 @pytest.mark.parametrize("bad", [{"min_hit_rate": 0.3}, {"ladder": ((8, 2),), "min_hit_rate": 1.0}])

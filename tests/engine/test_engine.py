@@ -12,7 +12,9 @@ from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, T
 from specmemo_jax.draft.ngram import chain
 from specmemo_jax.draft.tree import Tree
 from specmemo_jax.engine.engine import Engine
-from specmemo_jax.engine.sequence import Request, RowLog, chunk_starts
+from specmemo_jax.engine.reading import chunk_starts
+from specmemo_jax.engine.request import Request
+from specmemo_jax.engine.runner import Runner
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.memory.plan import MAX_BAD_WORDS, lay_out
 from specmemo_jax.serve.params import SamplingParams
@@ -73,7 +75,7 @@ def generate(
     context=256,
     steps=8,
     kv_dtype=None,
-) -> list[RowLog]:
+) -> list[Request]:
     """All prompts through an engine, slots refilled as they come free; logs in prompt order.
 
     ``sampling``: a list of SamplingParams (with seeds), one a prompt.
@@ -276,7 +278,7 @@ def test_half_precision_runs_and_counts_its_differences():
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 96, 97, 128, 129, 300])
 def test_chunks_cover_a_prompt(length):
-    plan = chunk_starts(length, (128, 32))
+    plan = chunk_starts(lay_out(TINY, dtype="float32", platform="cpu", batch=1, context=200), length)
     assert plan[0][0] == 0
     assert all(start + width == following for (start, width), (following, _) in itertools.pairwise(plan))
     assert plan[-1][0] < length <= plan[-1][0] + plan[-1][1]
@@ -320,16 +322,16 @@ def test_a_burst_ends_with_the_first_row_where_others_wait(monkeypatch, waiting,
 
 
 def test_how_long_a_row_will_go_is_told_by_its_pace():
-    log = RowLog(Request([1], 21), [1, 2])
+    log = Request([1], 21, ids=[1, 2])
     assert log.steps_to_end(1) == log.steps_to_end(8) == 20
     log.accepted_lengths, log.tree_nodes = [1, 4, 2], [1, 8, 8]
     assert (log.steps_to_end(1), log.steps_to_end(8)) == (20, 7)
 
 
 def test_steps_in_which_a_gpu_records_its_graph_are_not_timed(monkeypatch):
-    monkeypatch.setattr(Engine, "_on_gpu", True)
+    monkeypatch.setattr(Runner, "on_gpu", True)
     engine, told = engine_for(None, 1, 256, "float32"), []
-    engine._ran.clear()  # other tests have used it
+    engine._steps_run.clear()  # other tests have used it
 
     class Chooser:
         def choose(self, steps, waiting):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from specmemo_jax.devices.compiled import compiled_memory
 from specmemo_jax.draft import DraftModel, NgramDrafter, SelfDrafter, TreeShape
 from specmemo_jax.engine.engine import Engine
-from specmemo_jax.engine.sequence import Request
+from specmemo_jax.engine.request import Request
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.kv import Groups
@@ -60,20 +60,20 @@ def answers(engine, params, look=lambda engine: None):
         if not params.is_plain:
             sampling = device_sampling(params, prompt, i, pad_bad_words((), engine.plan))
         jobs.append(Job(str(i), None, Request(prompt, tokens, sampling=sampling), params))
-    make_room = engine.make_room
+    migrate = engine.migrate_rows
 
     def seen():
         look(engine)
-        for move in make_room():
+        for move in migrate():
             moved.append(move)
             yield move
 
-    engine.make_room = seen
+    engine.migrate_rows = seen
     try:
         for _ in serve(engine, jobs, burst=4, ahead=4):
             pass
     finally:
-        del engine.make_room
+        del engine.migrate_rows
         engine.close()
     return [job.output.outputs[0].token_ids for job in jobs], moved
 
@@ -114,16 +114,16 @@ def test_every_committed_position_holds_its_row_s_token(name):
     def look(engine):
         nonlocal counted
         for row, log in enumerate(engine.rows):
-            if log is None or log.cached < 2:
+            if log is None or log.num_cached < 2:
                 continue
-            single.admit(0, Request(log.ids[: log.cached], 1))
+            single.admit(0, Request(log.ids[: log.num_cached], 1))
             for mine, fresh in zip(engine.committed(row), single.committed(0), strict=True):
                 for found, want in zip(mine, fresh, strict=True):
-                    assert found.shape[1] == log.cached
+                    assert found.shape[1] == log.num_cached
                     np.testing.assert_allclose(found, want, atol=2e-4)
-            assert int(engine._state.rows.lengths[row]) == log.cached
-            assert int(engine._state.rows.pending[row]) == log.ids[-1]
-            counted += log.cached
+            assert int(engine.runner.state.rows.lengths[row]) == log.num_cached
+            assert int(engine.runner.state.rows.pending[row]) == log.ids[-1]
+            counted += log.num_cached
             single.release(0)
 
     try:
@@ -141,7 +141,7 @@ def test_a_row_that_finds_no_room_waits():
     waited = []
 
     def look(engine):
-        waited.extend(row for row, log in enumerate(engine.rows) if log is not None and log.waiting)
+        waited.extend(row for row, log in enumerate(engine.rows) if log is not None and log.paused)
 
     got, _ = answers(engine, PLAIN, look)
     assert got == alone(PLAIN)

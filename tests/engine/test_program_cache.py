@@ -70,7 +70,7 @@ def test_nothing_is_compiled_later(monkeypatch):
         TINY, tiny_llama(), drafter=NgramDrafter(4), dtype="float32", max_context=100, max_batch=2
     ) as llm:
         assert len(llm.plan.capacities) == 1
-        llm.engine._compiled = cache
+        llm.engine.runner.programs = cache
         llm.generate([[1, 2, 3] * 5] * 3, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
         llm.generate([[1, 2, 3] * 5] * 3, SamplingParams(seed=1, max_tokens=60, ignore_eos=True))
         llm.engine.close()

@@ -13,7 +13,9 @@ from specmemo_jax.devices.allocator import is_out_of_memory
 from specmemo_jax.draft import DraftModel, NgramDrafter, TreeShape
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.programs import Programs
-from specmemo_jax.engine.sequence import Request
+from specmemo_jax.engine.reading import chunk_of, settings_of
+from specmemo_jax.engine.request import Request
+from specmemo_jax.engine.runner import Runner
 from specmemo_jax.errors import CapacityError, CapacityWarning
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.packing import pack
@@ -24,6 +26,7 @@ from specmemo_jax.testing import TINY, tiny_llama
 
 TARGET = pack(TINY, iter(tiny_llama().items()), jnp.dtype("float32"))
 PROMPT = np.random.default_rng(3).integers(0, 97, 40).tolist()
+RUN = Runner.run
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, repetition_penalty=1.2, presence_penalty=0.1, seed=5)
 DRAFTERS = {"ngram": NgramDrafter(8), "model": DraftModel.of(TARGET, TreeShape.of(4))}
 
@@ -117,17 +120,17 @@ def test_the_baselines_say_the_same(policy, vanilla):
     assert engine.plan.generation_bytes > engine_for("ngram").plan.generation_bytes
 
 
-def fail_at(engine, monkeypatch, calls):
+def fail_at(monkeypatch, calls):
     """Let the programs run out of memory at these calls, their donated state eaten."""
-    run, count = engine._run, iter(range(10**6))
+    count = iter(range(10**6))
 
-    def failing(program, *inputs):
+    def failing(self, program, *inputs):
         if next(count) in calls:
-            engine._state = None
+            self.state = None
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
-        return run(program, *inputs)
+        return RUN(self, program, *inputs)
 
-    monkeypatch.setattr(engine, "_run", failing)
+    monkeypatch.setattr(Runner, "run", failing)
 
 
 def test_a_lost_cache_is_rebuilt_and_the_tokens_stay(monkeypatch):
@@ -136,7 +139,7 @@ def test_a_lost_cache_is_rebuilt_and_the_tokens_stay(monkeypatch):
     with LLM(TINY, tiny_llama(), drafter=NgramDrafter(4), max_batch=2, max_context=200, seed=1) as llm:
         want = llm.generate(prompts, params)
         llm.engine.close()
-        fail_at(llm.engine, monkeypatch, {4, 9, 15})
+        fail_at(monkeypatch, {4, 9, 15})
         with pytest.warns(CapacityWarning) as told:
             got = llm.generate(prompts, params)
         assert [o.outputs for o in got] == [o.outputs for o in want]
@@ -147,7 +150,7 @@ def test_a_lost_cache_is_rebuilt_and_the_tokens_stay(monkeypatch):
         ]
         assert (llm.engine.plan.tree_nodes, llm.engine.plan.batch) == (1, 1)
         assert llm.engine.plan.context == 200
-        fail_at(llm.engine, monkeypatch, {0})
+        fail_at(monkeypatch, {0})
         with pytest.raises(CapacityError, match=r"nothing left to give up.*MiB"):
             llm.generate(prompts, params)
 
@@ -174,9 +177,9 @@ def test_a_mesh_says_the_same(vanilla):
         prefill = programs.compile(programs.prefill(plan.capacities[-1], 128))
         step = programs.compile(programs.step(plan.capacities[-1]))
         arguments = prefill.input_shardings[0]
-        engine = Engine(target, drafter, plan)
         state = programs.empty_state(plan.capacities[-1])
-        inputs = engine._chunk_inputs(prompt, 128, 0, 1, Request(prompt, 30))
+        settings = settings_of(Request(prompt, 30), plan)
+        inputs = (*chunk_of(prompt, 128, 0, 1), settings)
         leaves, weights_of, state, *inputs = jax.device_put((target.leaves, (), state, *inputs), arguments)
         cache = state.caches[0][0][0]
         assert cache.sharding.is_equivalent_to(sharding(mesh, ("batch", "kv_heads")), 4)

@@ -7,7 +7,7 @@ import pytest
 
 from specmemo_jax.draft import LADDERS, NgramDrafter, SelfDrafter, TreeShape, make_drafter
 from specmemo_jax.engine.engine import Engine
-from specmemo_jax.engine.sequence import Request
+from specmemo_jax.engine.request import Request
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.measure.acceptance import (

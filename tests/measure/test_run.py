@@ -112,7 +112,7 @@ def test_profiles_are_found_by_name(tmp_path, monkeypatch):
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SPECMEMO_CACHE", str(tmp_path))
-    monkeypatch.setattr(front, "open_subject", lambda *names: setup())
+    monkeypatch.setattr(front, "open_setup", lambda *names: setup())
     monkeypatch.setattr(front, "Grid", lambda: GRID)
     file = lines(tmp_path / "k.jsonl", {"prompt_ids": [3, 4], "new_ids": [3, 4, 3]})
     command(drafter="self:1", prompts_file=str(file), output=str(tmp_path / "out.json"))
