@@ -23,6 +23,7 @@ from specmemo_jax.draft.protocol import State
 from specmemo_jax.draft.tree import Tree
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.request import Request
+from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.kv import Groups
 from specmemo_jax.llama.packing import Target
 from specmemo_jax.memory.plan import make_plan
@@ -187,9 +188,22 @@ def _engine(target: Target, drafter: Drafter, batch: int, capacity: int) -> Engi
 
 
 def part_filled(engine: Engine, capacity: int) -> EngineState:
-    """A device state of ``capacity`` slots a row, three quarters of them full, with something to match for
-    n-grams. The rows are done, so that they stay where they are; the work is the same.
+    """A device state to time steps with: ``capacity`` slots a row, three quarters of them full, with something
+    to match for n-grams. The rows are done, so that they stay where they are.
+
+    A done row takes as much work as a live one, but for this: it asks for the smallest of a drafter's
+    verify buckets. So raises ConfigError for a drafter that has several.
     """
+    if engine.drafter is not None and len(engine.drafter.verify_buckets) > 1:
+        raise ConfigError(
+            f"steps of {engine.drafter.name} cannot be timed alike: they verify "
+            f"{' or '.join(map(str, engine.drafter.verify_buckets))} nodes as a match is worth; "
+            "a drafter of one verify bucket would work"
+        )
+    return _part_filled(engine, capacity)
+
+
+def _part_filled(engine: Engine, capacity: int) -> EngineState:
     state = engine.programs.empty_state(capacity)
     rows = dataclasses.replace(state.rows, lengths=jnp.full_like(state.rows.lengths, capacity * 3 // 4))
     draft = state.draft
@@ -230,7 +244,7 @@ def _prefill_case(engine: Engine, chunk: int) -> Callable[[], float]:
 def _draft_case(target: Target, drafter: Drafter, capacity: int, repeats: int) -> Callable[[], float]:
     """Seconds of one row's proposing and observing."""
     engine = _engine(target, drafter, 1, capacity)
-    state = part_filled(engine, capacity)
+    state = _part_filled(engine, capacity)
     rows, weights, held = state.rows, engine.draft_weights, [state.draft]
 
     def draft(leaves: Any, weights: Any, caches: Any, own: State) -> tuple[Any, State]:

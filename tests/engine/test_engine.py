@@ -7,6 +7,7 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scripted_chooser import ScriptedChooser
 
 from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, TreeShape
 from specmemo_jax.draft.ngram import chain
@@ -330,21 +331,11 @@ def test_how_long_a_row_will_go_is_told_by_its_pace():
 
 def test_steps_in_which_a_gpu_records_its_graph_are_not_timed(monkeypatch):
     monkeypatch.setattr(Runner, "on_gpu", True)
-    engine, told = engine_for(None, 1, 256, "float32"), []
-    engine._steps_run.clear()  # other tests have used it
-
-    class Chooser:
-        def choose(self, steps, waiting):
-            return 1, min(steps, 3)
-
-        def record(self, nodes, steps, seconds, tokens):
-            told.append((nodes, steps))
-
-    try:
-        engine.admit(0, Request(PROMPTS[0], 12))
-        monkeypatch.setattr(engine, "chooser", Chooser())
-        for expected in ([], [], [(1, 3)], [(1, 3), (1, 2)]):
-            engine.burst()
-            assert told == expected
-    finally:
-        engine.close()
+    plan = lay_out(TINY, dtype="float32", platform="cpu", batch=1, context=256)
+    engine = Engine(target_in("float32"), None, plan)
+    engine.chooser = chooser = ScriptedChooser([1] * 4, most=3)
+    engine.admit(0, Request(PROMPTS[0], 12))
+    for expected in ([], [], [(1, 3)], [(1, 3), (1, 2)]):
+        engine.burst()
+        assert chooser.told == expected
+    engine.close()

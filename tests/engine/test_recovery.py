@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scripted_chooser import ScriptedChooser
 
 from specmemo_jax import LLM, SamplingParams
 from specmemo_jax.decode.emitted import drain
@@ -88,10 +89,9 @@ def test_turns_read_only_what_is_new(name, params, vanilla):
 def test_a_drafter_that_slept_catches_up(name, vanilla):
     drafter = DRAFTERS[name]
     plan = make_plan(TINY, dtype="float32", platform="cpu", context=200, drafter=drafter)
-    engine = Engine(TARGET, drafter, plan, adaptive=True)
-    order = iter([plan.tree_nodes, 1, 1, plan.tree_sizes[1], 1, plan.tree_nodes] * 20)
-    assert engine.chooser is not None
-    engine.chooser.choose = lambda steps, waiting=0: (next(order), min(steps, 5))
+    engine = Engine(TARGET, drafter, plan)
+    order = [plan.tree_nodes, 1, 1, plan.tree_sizes[1], 1, plan.tree_nodes] * 20
+    engine.chooser = ScriptedChooser(order, most=5)
     engine.admit(0, request(PROMPT, 100))
     while not (log := engine.rows[0]) or not log.finished:
         engine.burst()

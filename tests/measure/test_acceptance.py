@@ -26,6 +26,7 @@ from specmemo_jax.testing import TINY, tiny_llama
 
 LABELS = {"drafter": "ngram", "model": "tiny", "dtype": "float32", "prompts": "x", "date": "2026-01-31"}
 RNG = np.random.default_rng(0)
+TOKENS = 120  # until the text repeats itself, so that matches of every length are met
 
 
 @functools.cache
@@ -40,10 +41,10 @@ def run(drafter):
     engine = Engine(target(), drafter, plan)
     answers, steps, lengths = [], [], []
     for prompt in PROMPTS:
-        new, proposals = recorded(engine, Request(prompt, 40))
+        new, proposals = recorded(engine, Request(prompt, TOKENS))
         answers.append(Answer(prompt, tuple(new)))
         steps.append(proposals)
-        engine.admit(0, Request(prompt, 40))
+        engine.admit(0, Request(prompt, TOKENS))
         while (log := engine.rows[0]) is not None and not log.finished:
             engine.burst()
         log = engine.release(0)
@@ -90,6 +91,7 @@ def test_replay_tells_what_the_engine_would_do():
     told = expected_acceptance(profile, drafter)
     assert told.accepted_length == pytest.approx(np.mean(flat))
     verified = [next(w for w in drafter.verify_buckets if w >= p.filled) for row in proposals for p in row]
+    assert set(verified) == {1, 4, 8}
     shape = profile.measured(8, 7, 1, drafter.ladder, drafter.min_hit_rate)
     assert shape is not None
     assert shape.outcomes == tuple(
