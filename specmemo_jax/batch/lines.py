@@ -1,12 +1,12 @@
 """Lines of a batch's input: OpenAI's batch lines, and plain ``{"prompt": ...}`` and ``{"messages": ...}``."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from specmemo_jax.errors import RequestError
+from specmemo_jax.files.json_lines import NotAnObjectError, read_object
 from specmemo_jax.files.prompts import check_messages, check_prompt
 from specmemo_jax.serve.params import SamplingParams
 
@@ -17,6 +17,26 @@ _LINE_KEYS = frozenset(("custom_id", "method", "url", "body"))
 _NOT_OURS = frozenset(
     ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream_options")
 )
+# Fields of a body that are not served, each with the values at which it changes nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "stream": (False,),
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (False, True),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "reasoning_effort": ("none",),
+}
+_EMPTY_IN_MESSAGES = frozenset(("tool_calls", "function_call", "annotations"))
 _ROLES = {"developer": "system"}  # OpenAI's newer name
 
 
@@ -87,9 +107,9 @@ def read_lines(path: str | Path, names: frozenset[str] | None, defaults: Samplin
 def parse_line(raw: bytes, number: int, names: frozenset[str] | None, defaults: SamplingParams) -> Line:
     """One line; what is wrong with it becomes its ``error``."""
     try:
-        record = _object(raw)
-    except LineError as error:
-        return Line(number, error=error)
+        record = read_object(raw)
+    except NotAnObjectError as error:
+        return Line(number, error=LineError(str(error)))
     return line_of(record, number, names, defaults)
 
 
@@ -108,20 +128,6 @@ def line_of(
         return Line(number, custom_id, error=LineError(str(error)))
 
 
-def _object(raw: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise LineError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise LineError(f"not JSON ({error.msg} at column {error.colno})") from error
-    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
-        raise LineError(f"not JSON that can be read ({error})") from error
-    if not isinstance(record, dict):
-        raise LineError("a JSON object is expected")
-    return record
-
-
 def _custom_id(record: Mapping[str, Any]) -> str | None:
     found = record.get("custom_id")
     if found is None or isinstance(found, str):
@@ -133,7 +139,8 @@ def _url_and_body(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """OpenAI's line has a body; any other line is one, beside its custom_id."""
     if "body" not in record:
         body = {key: value for key, value in record.items() if key != "custom_id"}
-        params = body.pop("params", None) or {}
+        params = body.pop("params", None)
+        params = {} if params is None else params
         if not isinstance(params, dict):
             raise LineError('"params" must be an object, such as {"temperature": 0.7}')
         return (CHAT if "messages" in body else COMPLETIONS), {**body, **params}
@@ -158,7 +165,7 @@ def _request(
     defaults: SamplingParams,
 ) -> Line:
     model = body.pop("model", None)
-    if model is not None and names is not None and model not in names:
+    if model is not None and names is not None and not (isinstance(model, str) and model in names):
         raise LineError(
             f"model {model!r:.80} is not served here; {', '.join(sorted(names))} works "
             "(--served-model-name gives it another name)",
@@ -187,7 +194,11 @@ def _plain(messages: Any) -> Any:
     for message in messages:
         if not isinstance(message, dict):
             return messages
-        rest = {key: value for key, value in message.items() if value not in (None, [], {})}
+        rest = {
+            key: value
+            for key, value in message.items()
+            if value is not None and not (key in _EMPTY_IN_MESSAGES and value in ([], {}))
+        }
         if unknown := sorted(rest.keys() - {"role", "content"}):
             raise LineError(f"a message may have role and content, found {', '.join(unknown)}")
         content = rest.get("content")
@@ -205,17 +216,22 @@ def _plain(messages: Any) -> Any:
 
 
 def _params(body: Mapping[str, Any], defaults: SamplingParams) -> SamplingParams:
-    """A body's sampling parameters over the run's; what asks for nothing is left out."""
+    """A body's sampling parameters over the run's. Only null and absence mean "not given"."""
     given = {
         key: value
         for key, value in body.items()
-        if key not in _NOT_OURS and value is not None and value is not False and value not in ([], {}, "none")
+        if key not in _NOT_OURS and value is not None and not _asks_for_nothing(key, value)
     }
-    if given.get("response_format") == {"type": "text"}:
-        del given["response_format"]
     longest = given.pop("max_completion_tokens", None)
     if longest is not None and given.setdefault("max_tokens", longest) != longest:
-        raise LineError(f"max_tokens={given['max_tokens']!r} and max_completion_tokens={longest!r} differ")
-    if given.get("stream"):
+        raise LineError(
+            f"max_tokens={given['max_tokens']!r:.60} and max_completion_tokens={longest!r:.60} differ"
+        )
+    if "stream" in given:
         raise LineError("a batch does not stream; stream left out works")
     return dataclasses.replace(defaults, **given)
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    """Whether a field of OpenAI's that is not served here is at what it is when left out."""
+    return any(type(value) is type(neutral) and value == neutral for neutral in _NEUTRAL.get(name, ()))

@@ -10,6 +10,7 @@ from typing import Any
 
 from specmemo_jax.batch.lines import CHAT, Line, LineError, line_key
 from specmemo_jax.errors import RequestError
+from specmemo_jax.files.json_lines import row_of
 from specmemo_jax.serve.outputs import RequestOutput
 
 _PREFIX = "batch_req_"
@@ -51,7 +52,7 @@ def error_row(line: Line, error: LineError, settings: str) -> str:
 def _row(line: Line, request_id: str, status: int, body: dict, error: dict | None) -> str:
     response = {"status_code": status, "request_id": request_id, "body": body}
     row = {"id": request_id, "custom_id": line.custom_id, "response": response, "error": error}
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return row_of(row)
 
 
 def rows_done(path: Path, settings: str) -> set[str]:
@@ -60,7 +61,7 @@ def rows_done(path: Path, settings: str) -> set[str]:
     Raises RequestError, and changes nothing, where a row is none of a batch or was made by other settings.
     """
     done, end = set(), 0
-    for number, (raw, row) in enumerate(_rows(path), 1):
+    for number, (raw, row) in enumerate(whole_rows(path), 1):
         found, _, line = str(row.get("id")).removeprefix(_PREFIX).rpartition("_")
         if not found or not line.isdigit():
             raise RequestError(f"{path}, line {number}: not a row of a batch; another output works")
@@ -70,17 +71,34 @@ def rows_done(path: Path, settings: str) -> set[str]:
                 f"fp_{settings}): the same again, or another output, works"
             )
         end += len(raw)
-        done.add(line_key(row.get("custom_id"), int(line)))
+        done.add(key_of(row))
     if path.stat().st_size > end:
         os.truncate(path, end)
     return done
+
+
+def key_of(row: Mapping[str, Any]) -> str:
+    """The line that a row answers, as `line_key` names it."""
+    return line_key(row.get("custom_id"), int(row["id"].rpartition("_")[2]))
+
+
+def early_rows(path: Path, settings: str, answered_only: bool) -> dict[str, str]:
+    """Rows that a killed run had done before their turn, by their lines' keys; none of other settings."""
+    if not path.is_file():
+        return {}
+    rows_done(path, settings)
+    return {
+        key_of(row): raw.decode("utf-8")
+        for raw, row in whole_rows(path)
+        if not (answered_only and row.get("error") is not None)
+    }
 
 
 def drop_errors(path: Path) -> None:
     """Take the rows of errors out of ``path``; at every moment the old file or the new one is there."""
     new = path.with_name(path.name + ".retry")
     with new.open("wb") as file:
-        for raw, row in _rows(path):
+        for raw, row in whole_rows(path):
             if row.get("error") is None:
                 file.write(raw)
         file.flush()
@@ -88,7 +106,7 @@ def drop_errors(path: Path) -> None:
     new.replace(path)
 
 
-def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def whole_rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Whole rows; a last one without its line break was being written when the run ended."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):

@@ -4,13 +4,20 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Protocol
 
 from specmemo_jax.batch.lines import Line, LineError, read_lines
-from specmemo_jax.batch.results import answer_row, drop_errors, error_row, fingerprint, rows_done
+from specmemo_jax.batch.results import (
+    answer_row,
+    drop_errors,
+    early_rows,
+    error_row,
+    fingerprint,
+    rows_done,
+)
 from specmemo_jax.checkpoints.tokenizer import Tokenizer
 from specmemo_jax.errors import CapacityError, RequestError
 from specmemo_jax.files.rows import OutputError, Sink
@@ -123,7 +130,12 @@ def run_batch(
     with Sink(str(path), append=True, advice=advice) as sink:
         sink.lock()
         done = rows_done(path, mark) if path.is_file() else set()
-        run = _Run(llm, model, mark, seed, done, _Writer(sink, unordered), progress or (lambda _: None))
+        early = path.with_name(path.name + ".early") if path.is_file() else None
+        found = early_rows(early, mark, retry_errors) if early and (resume or retry_errors) else {}
+        if early and not found:
+            early.unlink(missing_ok=True)
+        writer = _Writer(sink, unordered, early, {k: row for k, row in found.items() if k not in done})
+        run = _Run(llm, model, mark, seed, done, writer, progress or (lambda _: None))
         return run.answer(chain(first, lines))
 
 
@@ -138,31 +150,49 @@ def request_tokens(
         if line.error is not None or line.params is None:
             continue
         prompt = line.prompt
-        if tokenizer is not None and line.messages is not None:
-            prompt = tokenizer.chat_ids(line.messages)
-        elif tokenizer is not None and isinstance(prompt, str):
-            prompt = tokenizer.encode(prompt)
+        try:
+            if tokenizer is not None and line.messages is not None:
+                prompt = tokenizer.chat_ids(line.messages)
+            elif tokenizer is not None and isinstance(prompt, str):
+                prompt = tokenizer.encode(prompt)
+        except RequestError:
+            continue  # it will be a row that says so
         if prompt is not None and not isinstance(prompt, str):
             found.append(len(prompt) + (line.params.max_tokens or 1))
     return tuple(found)
 
 
 class _Writer:
-    """Rows by their place among the lines to do: as they come, or each when all before it are written."""
+    """Rows by their place among the lines to do: as they come, or each when all before it are written.
 
-    def __init__(self, sink: Sink, unordered: bool):
-        self._sink, self._unordered = sink, unordered
+    Rows that are early wait in memory and, so that a killed run does not ask for them again, in a file beside
+    the output. ``found``: those that such a run left there, by their lines' keys.
+    """
+
+    def __init__(self, sink: Sink, unordered: bool, early: Path | None, found: Mapping[str, str]):
+        self._sink, self._unordered, self._path = sink, unordered, early
         self._next, self._early = 0, dict[int, str]()
+        self.found = dict(found)
 
     def write(self, place: int, row: str) -> None:
         if self._unordered:
             self._sink.write(row)
             return
         self._early[place] = row
+        if place > self._next and self._path is not None:
+            with Sink(str(self._path), append=True, advice="free space and --resume work") as side:
+                side.write(row)
         while self._next in self._early:
             self._sink.write(self._early[self._next])
             del self._early[self._next]
             self._next += 1
+        if not self._early and not self.found:
+            self.close()
+
+    def close(self) -> None:
+        """Every row is where it belongs."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
 
 class _Run:
@@ -196,6 +226,7 @@ class _Run:
                 self.summary.count(job.output)
                 self.summary.seconds = time.perf_counter() - began
                 self.progress(self.summary)
+        self.writer.close()
         self.summary.seconds = time.perf_counter() - began
         return self.summary
 
@@ -205,6 +236,11 @@ class _Run:
         for line in lines:
             if line.key in self.done:
                 self.summary.found_done += 1
+                continue
+            if (row := self.writer.found.pop(line.key, None)) is not None:
+                self.writer.write(place, row)
+                self.summary.found_done += 1
+                place += 1
                 continue
             try:
                 job = job_of(self.llm, line, self.seed)

@@ -13,6 +13,7 @@ from specmemo_jax.checkpoints.vocabulary import (
     sentencepiece_vocabulary,
 )
 from specmemo_jax.errors import ConfigError, RequestError
+from specmemo_jax.files.json_lines import not_unicode
 
 Message = Mapping[str, Any]
 
@@ -127,7 +128,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, with the special tokens that the tokenizer adds (bos, for most Llamas)."""
-        return list(self.fast.encode(text))
+        return list(self.fast.encode(_checked(text)))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``."""
@@ -183,15 +184,13 @@ class Tokenizer:
         return together[len(alone) :] if together[: len(alone)] == alone else self._plain_ids(after)
 
     def _render(self, messages: Sequence[Message]) -> str:
-        from jinja2.exceptions import TemplateError
-
         if not self.has_chat_template:
             raise RequestError("this model has no chat template; a plain prompt or token ids would work")
         try:
             return self.fast.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
             )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except Exception as error:
             raise RequestError(
                 f"the chat template refuses these messages ({_first_line(error)}); "
                 "messages with a role and a content string, user and assistant in turn, would work"
@@ -199,7 +198,7 @@ class Tokenizer:
 
     def _plain_ids(self, text: str) -> list[int]:
         """Ids of text that already holds its special tokens."""
-        return list(self.fast.encode(text, add_special_tokens=False))
+        return list(self.fast.encode(_checked(text), add_special_tokens=False))
 
     @staticmethod
     def _unused_word(messages: Sequence[Message]) -> str:
@@ -220,6 +219,15 @@ def _chat_template(folder: Path) -> str | None:
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"cannot read the chat template in {folder}: {error}") from error
     return template if isinstance(template, str) else None
+
+
+def _checked(text: str) -> str:
+    """The text. Raises RequestError where it has a lone surrogate, which the tokenizers library dies of."""
+    if (at := not_unicode(text)) is not None:
+        raise RequestError(
+            f"a text is not valid Unicode at character {at}; one without lone surrogates works"
+        )
+    return text
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,6 +1,5 @@
 """``specmemo generate``: prompts in, answers out."""
 
-import json
 import sys
 from typing import Any
 
@@ -8,6 +7,7 @@ import typer
 
 from specmemo_jax.cli import options
 from specmemo_jax.cli.inputs import gather
+from specmemo_jax.files.json_lines import row_of
 from specmemo_jax.files.rows import Sink
 
 EPILOG = """Examples:
@@ -115,7 +115,7 @@ def generate(
                     if as_text:
                         sink.write(rows.as_text(answer, headed=len(records) > 1))
                     else:
-                        sink.write(json.dumps(rows.row(answer), ensure_ascii=False) + "\n")
+                        sink.write(row_of(rows.row(answer)))
                     bar.update()
 
                 answer(llm, records, params, emit, chat=chat)

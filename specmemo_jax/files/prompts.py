@@ -2,13 +2,13 @@
 
 import dataclasses
 import errno
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from specmemo_jax.errors import RequestError
+from specmemo_jax.files.json_lines import NotAnObjectError, kind_of, not_unicode, read_object
 
 FORMATS = (
     '{"prompt": "text" or [token ids]}, {"messages": [{"role": ..., "content": ...}, ...]} '
@@ -125,15 +125,9 @@ def _read_text(path: str | Path) -> str:
 def _parse_line(line: bytes, name: str, number: int) -> PromptRecord:
     place = f"{name}, line {number}"
     try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise RequestError(f"{place}: not JSON ({error.msg} at column {error.colno}); {FORMATS}") from error
-    except RecursionError as error:
-        raise RequestError(f"{place}: nested too deeply; {FORMATS}") from error
-    if not isinstance(record, dict):
-        raise RequestError(f"{place}: a JSON object is expected, found {_kind(record)}; {FORMATS}")
+        record = read_object(line)
+    except NotAnObjectError as error:
+        raise RequestError(f"{place}: {error}; {FORMATS}") from error
     kinds = [kind for kind in _KINDS if kind in record]
     if len(kinds) != 1:
         found = " and ".join(kinds) or ", ".join(map(repr, list(record)[:5])) or "no key"
@@ -157,7 +151,7 @@ def _params(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError(
             f'{place}: "params" must be an object, such as {{"temperature": 0.7, "seed": 3}}, '
-            f"found {_kind(value)}"
+            f"found {kind_of(value)}"
         )
     return value
 
@@ -173,7 +167,7 @@ def _identity(record: Mapping[str, Any], number: int, place: str) -> str | int:
 
 def _from_turns(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, list) or not value:
-        raise RequestError(f'{place}: "turns" must be a list of at least one text, found {_kind(value)}')
+        raise RequestError(f'{place}: "turns" must be a list of at least one text, found {kind_of(value)}')
     first, *later = (_text(turn, f"{place}, turn {number}") for number, turn in enumerate(value, 1))
     return {"messages": ({"role": "user", "content": first},), "later_turns": tuple(later)}
 
@@ -202,7 +196,7 @@ def check_prompt(value: Any, place: str) -> str | tuple[int, ...]:
 def check_messages(value: Any, place: str) -> tuple[dict[str, str], ...]:
     """A conversation that ends with a question, as a line has it. Raises RequestError, naming the place."""
     if not isinstance(value, list) or not value:
-        raise RequestError(f'{place}: "messages" must be a list of messages, found {_kind(value)}')
+        raise RequestError(f'{place}: "messages" must be a list of messages, found {kind_of(value)}')
     messages = []
     for number, message in enumerate(value, 1):
         where = f"{place}, message {number}"
@@ -210,7 +204,8 @@ def check_messages(value: Any, place: str) -> tuple[dict[str, str], ...]:
             raise RequestError(
                 f'{where}: {{"role": "user", "content": "..."}} is expected, found {message!r:.60}'
             )
-        messages.append({"role": message["role"], "content": _text(message.get("content"), where)})
+        role = check_unicode(message["role"], f"{where}, role")
+        messages.append({"role": role, "content": _text(message.get("content"), where)})
     if messages[-1]["role"] == "assistant":
         raise RequestError(f"{place}: the last message is an assistant's; a user's at the end works")
     return tuple(messages)
@@ -218,18 +213,14 @@ def check_messages(value: Any, place: str) -> tuple[dict[str, str], ...]:
 
 def _text(value: Any, place: str) -> str:
     if not isinstance(value, str):
-        raise RequestError(f"{place}: a text is expected, found {_kind(value)}")
+        raise RequestError(f"{place}: a text is expected, found {kind_of(value)}")
     if not value.strip():
         raise RequestError(f"{place}: the prompt is empty; at least one character is needed")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RequestError(f"{place}: not valid Unicode at character {error.start}") from error
+    return check_unicode(value, place)
+
+
+def check_unicode(value: str, place: str) -> str:
+    """The text. Raises RequestError where it has a lone surrogate, which no tokenizer reads."""
+    if (at := not_unicode(value)) is not None:
+        raise RequestError(f"{place}: not valid Unicode at character {at}")
     return value
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", str: "a text", bool: "true or false", type(None): "null"}
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    return names.get(type(value), "a number")

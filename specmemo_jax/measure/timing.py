@@ -188,8 +188,8 @@ def _engine(target: Target, drafter: Drafter, batch: int, capacity: int) -> Engi
 
 
 def part_filled(engine: Engine, capacity: int) -> EngineState:
-    """A device state to time steps with: ``capacity`` slots a row, three quarters of them full, with something
-    to match for n-grams. The rows are done, so that they stay where they are.
+    """A device state to time steps with: ``capacity`` slots a row, three quarters of them full, with
+    something to match for n-grams. The rows are done, so that they stay where they are.
 
     A done row takes as much work as a live one, but for this: it asks for the smallest of a drafter's
     verify buckets. So raises ConfigError for a drafter that has several.

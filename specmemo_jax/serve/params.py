@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from specmemo_jax.errors import RequestError
+from specmemo_jax.files.json_lines import not_unicode
 from specmemo_jax.memory.plan import MAX_STOP_IDS
 
 GREEDY_BELOW = 1e-5  # a temperature below is greedy, as in vLLM
@@ -100,7 +101,7 @@ class SamplingParams:
             if isinstance(given, str):
                 given = (given,)
             if given is not None and (isinstance(given, Mapping) or not isinstance(given, Iterable)):
-                raise RequestError(f"{name} must be a list, found {given!r}")
+                raise RequestError(f"{name} must be a list, found {given!r:.60}")
             object.__setattr__(self, name, tuple(given or ()))
         self._number("temperature", lambda x: x >= 0, "at least 0")
         self._number("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1")
@@ -117,29 +118,30 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
         if not all(_is_int(i) and i >= 0 for i in self.stop_token_ids or ()):
-            raise RequestError(f"stop_token_ids must be token ids, found {self.stop_token_ids!r}")
+            raise RequestError(f"stop_token_ids must be token ids, found {self.stop_token_ids!r:.60}")
         for name in ("stop", "bad_words"):
             given = getattr(self, name)
             if not all(
                 isinstance(word, str) and (word if name == "stop" else word.strip()) for word in given
             ):
-                raise RequestError(f"{name} must hold texts that are not empty, found {given!r}")
+                raise RequestError(f"{name} must hold texts that are not empty, found {given!r:.60}")
+            if any(not_unicode(word) is not None for word in given):
+                raise RequestError(f"{name} must hold valid Unicode, found {given!r:.60}")
         for name in ("ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"{name} must be True or False, found {getattr(self, name)!r}")
+                raise RequestError(f"{name} must be True or False, found {getattr(self, name)!r:.60}")
 
     def _number(self, name: str, holds: Callable[[float], bool], wanted: str) -> None:
         value = getattr(self, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or not holds(value):
-            raise RequestError(f"{name} must be {wanted}, found {value!r}")
+        if not _is_finite(value) or not holds(value):
+            raise RequestError(f"{name} must be {wanted}, found {value!r:.60}")
 
     def _integer(self, name: str, holds: Callable[[int], bool], wanted: str, optional: bool = False) -> None:
         value = getattr(self, name)
         if value is None and optional:
             return
         if not isinstance(value, int) or isinstance(value, bool) or not holds(value):
-            raise RequestError(f"{name} must be {wanted}, found {value!r}")
+            raise RequestError(f"{name} must be {wanted}, found {value!r:.60}")
 
     @property
     def is_greedy(self) -> bool:
@@ -160,6 +162,14 @@ class SamplingParams:
         if len(ids) > MAX_STOP_IDS:
             raise RequestError(f"{len(ids)} stop ids (the model's own included), at most {MAX_STOP_IDS} work")
         return ids
+
+
+def _is_finite(value: object) -> bool:
+    """Whether it is a number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _is_int(value: object) -> bool:

@@ -18,6 +18,8 @@ from specmemo_jax.serve.outputs import CompletionOutput, RequestMetrics, Request
 from specmemo_jax.serve.params import SamplingParams
 from specmemo_jax.serve.text import AnswerText
 
+LARGEST = float(np.finfo(np.float32).max)  # a temperature, at which all tokens are as likely
+
 
 @dataclasses.dataclass
 class Job:
@@ -159,7 +161,7 @@ def device_sampling(
     """What a row's device settings are for ``params``: host scalars, and ``bad_words`` ``[W, L]``."""
     greedy = params.is_greedy
     return Sampling(
-        temperature=np.float32(0 if greedy else params.temperature),
+        temperature=np.float32(0 if greedy else min(params.temperature, LARGEST)),
         top_p=np.float32(1 if greedy else params.top_p),
         top_k=np.int32(min(params.top_k, 2**31 - 1) if params.top_k > 0 and not greedy else 2**31 - 1),
         min_p=np.float32(0 if greedy else params.min_p),

@@ -49,7 +49,7 @@ def test_plain_lines():
     [
         (b"{", None, 400, "not JSON"),
         (b"\xff{}", None, 400, "not UTF-8"),
-        (b"[" * 100_000, None, 400, "not JSON that can be read"),
+        (b"[" * 100_000, None, 400, "nested too deeply"),
         ([1], None, 400, "an object is expected|object is expected"),
         ({"custom_id": 5, "prompt": "x"}, None, 400, "custom_id must be a text"),
         ({"custom_id": "a"}, "a", 400, "prompt"),

@@ -15,7 +15,7 @@ from specmemo_jax.checkpoints.vocabulary import (
 )
 from specmemo_jax.errors import ConfigError, RequestError
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent.parent / "data"
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -12,7 +12,7 @@ import pytest
 from specmemo_jax import LLM, SamplingParams
 from specmemo_jax.integrations.ray_data import Answers
 
-EXAMPLE = Path(__file__).parent.parent / "scripts" / "examples" / "ray_batch.py"
+EXAMPLE = Path(__file__).parents[2] / "scripts" / "examples" / "ray_batch.py"
 PROMPTS = [f"question {n}: " + "ab " * (n % 7) for n in range(24)]
 OPTIONS = {"max_batch": 2, "max_tokens": 10, "drafter": "ngram", "tree_nodes": 4, "max_context": 128}
 
