@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specmemo_jax.cli import options
-from specmemo_jax.cli.counts import row_count
 
 if TYPE_CHECKING:
     from specmemo_jax.batch import BatchSummary
@@ -87,7 +86,7 @@ def batch(
     from specmemo_jax.llm import LLM
     from specmemo_jax.serve.params import SamplingParams
 
-    rows = row_count("--max-batch", max_batch)
+    rows = options.row_count("--max-batch", max_batch)
     defaults = SamplingParams(temperature=temperature or 0.0, top_p=top_p, max_tokens=max_tokens)
     lengths: tuple[int, ...] = ()
     if rows != 1:

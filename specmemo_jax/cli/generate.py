@@ -1,15 +1,24 @@
 """``specmemo generate``: prompts in, answers out."""
 
+import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import typer
 
 from specmemo_jax.cli import options
-from specmemo_jax.cli.inputs import gather
 from specmemo_jax.files.json_lines import row_of
+from specmemo_jax.files.prompts import (
+    STDIN,
+    PromptRecord,
+    prompts_from_files,
+    prompts_from_texts,
+    read_prompts,
+)
 from specmemo_jax.files.rows import Sink
 
+EXAMPLE = 'specmemo generate "Why is the sky blue?", or: cat question.txt | specmemo generate'
 EPILOG = """Examples:
 
 \b
@@ -86,12 +95,11 @@ def generate(
     params = turn_params(records, sampling)
     with Sink(output) as sink:
         on_screen = sink.is_terminal and prompts_file is None
-        as_text = style is options.Format.text or (style is options.Format.auto and (stream or on_screen))
+        in_words = style is options.Format.text or (style is options.Format.auto and (stream or on_screen))
         if stream is None:
-            stream = bool(as_text and sink.is_terminal and max_batch == 1)
+            stream = bool(in_words and sink.is_terminal and max_batch == 1)
 
-        from specmemo_jax.cli import rows
-        from specmemo_jax.cli.answers import Answer, answer
+        from specmemo_jax.cli.answers import Answer, answer, as_text, row
         from specmemo_jax.cli.streaming import stream_answers
         from specmemo_jax.llm import LLM
 
@@ -112,10 +120,10 @@ def generate(
             with _bar(sum(map(len, params)), sink) as bar:
 
                 def emit(answer: Answer) -> None:
-                    if as_text:
-                        sink.write(rows.as_text(answer, headed=len(records) > 1))
+                    if in_words:
+                        sink.write(as_text(answer, headed=len(records) > 1))
                     else:
-                        sink.write(row_of(rows.row(answer)))
+                        sink.write(row_of(row(answer)))
                     bar.update()
 
                 answer(llm, records, params, emit, chat=chat)
@@ -139,3 +147,34 @@ def _bar(total: int, sink: Sink) -> Any:
 
     hidden = sink.is_terminal or not sys.stderr.isatty()
     return tqdm(total=total, unit="answer", file=sys.stderr, disable=hidden, dynamic_ncols=True)
+
+
+def gather(
+    texts: Sequence[str] | None, files: Sequence[str] | None, jsonl: str | None, output: str | None
+) -> list[PromptRecord]:
+    """The prompts of one call, from one kind of source; standard input as a text where there is none.
+
+    Raises typer.BadParameter for sources that contradict each other or the output, RequestError for
+    prompts that cannot be read.
+    """
+    given = [name for name, value in (("arguments", texts), ("--file", files), ("--prompts", jsonl)) if value]
+    if len(given) > 1:
+        raise typer.BadParameter(
+            f"prompts come from one of arguments, --file and --prompts, found {' and '.join(given)}"
+        )
+    read = [*(files or ()), *([jsonl] if jsonl else ())]
+    if [*read, *(texts or ())].count(STDIN) > 1:
+        raise typer.BadParameter("standard input (-) can be read only once")
+    if same := next((file for file in read if output and _is_same(file, output)), None):
+        raise typer.BadParameter(f"--output {output} is the prompts file {same} itself; another file works")
+    if jsonl:
+        return read_prompts(jsonl)
+    if files:
+        return prompts_from_files(files)
+    if not texts and (sys.stdin is None or sys.stdin.isatty()):
+        raise typer.BadParameter(f"no prompt; for example: {EXAMPLE}")
+    return prompts_from_texts(texts or [STDIN])
+
+
+def _is_same(file: str, output: str) -> bool:
+    return os.path.exists(file) and os.path.exists(output) and os.path.samefile(file, output)

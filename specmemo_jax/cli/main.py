@@ -7,7 +7,7 @@ import typer
 from specmemo_jax import __version__
 from specmemo_jax.cli import batch, calibrate, chat, generate, models, plan
 from specmemo_jax.cli.failures import OneLineErrors, quiet_libraries
-from specmemo_jax.cli.help import GroupedHelp
+from specmemo_jax.cli.options import GroupedHelp
 
 app = typer.Typer(
     name="specmemo",

@@ -1,14 +1,22 @@
-"""The options of ``specmemo generate``, one name each, and the panels that --help shows them in."""
+"""The options that commands share, one name each; the panels that --help shows them in; how they are read."""
 
 from enum import StrEnum
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from specmemo_jax.cli.completion import complete_drafter, complete_model
+from specmemo_jax.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 PROMPTS, MODEL, SAMPLING, ENDING, OUTPUT = "Prompts", "Model and memory", "Sampling", "Ending", "Output"
+
+
+in_prompts, in_model, in_sampling, in_ending, in_output = (
+    partial(typer.Option, rich_help_panel=panel) for panel in (PROMPTS, MODEL, SAMPLING, ENDING, OUTPUT)
+)
 
 
 class Dtype(StrEnum):
@@ -41,211 +49,161 @@ Prompts = Annotated[
 ]
 Files = Annotated[
     list[str] | None,
-    typer.Option(
-        "--file",
-        "-f",
-        metavar="FILE",
-        help="A text file whose whole content is one prompt; repeatable.",
-        rich_help_panel=PROMPTS,
+    in_prompts(
+        "--file", "-f", metavar="FILE", help="A text file whose whole content is one prompt; repeatable."
     ),
 ]
 PromptsFile = Annotated[
     str | None,
-    typer.Option(
-        "--prompts",
-        "-p",
-        metavar="FILE",
-        help="Many prompts, as JSONL; - is standard input.",
-        rich_help_panel=PROMPTS,
-    ),
+    in_prompts("--prompts", "-p", metavar="FILE", help="Many prompts, as JSONL; - is standard input."),
 ]
-Limit = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Only the first N prompts.", rich_help_panel=PROMPTS)
-]
+Limit = Annotated[int | None, in_prompts(min=1, metavar="N", help="Only the first N prompts.")]
 Chat = Annotated[
     bool | None,
-    typer.Option(
+    in_prompts(
         "--chat/--raw",
         help="Texts as a user's message, or as they are; default: as a message if the model knows chats.",
-        rich_help_panel=PROMPTS,
     ),
 ]
 
 Model = Annotated[
     str,
-    typer.Option(
+    in_model(
         "--model",
         "-m",
         metavar="NAME",
         help="A name (specmemo list), folder, .gguf file or hub id.",
         autocompletion=complete_model,
-        rich_help_panel=MODEL,
     ),
 ]
 Drafter = Annotated[
     str,
-    typer.Option(
+    in_model(
         metavar="NAME",
         help="Who guesses ahead: auto, ngram (repeats of the text so far), self:K (the model's first K "
         "layers), none (plain decoding), or a smaller model with the same vocabulary: a name, folder, "
         ".gguf file or hub id.",
         autocompletion=complete_drafter,
-        rich_help_panel=MODEL,
     ),
 ]
 TreeNodes = Annotated[
     int | None,
-    typer.Option(
-        min=1, metavar="N", help="Tokens checked a step; default: what suits.", rich_help_panel=MODEL
-    ),
+    in_model(min=1, metavar="N", help="Tokens checked a step; default: what suits."),
 ]
-MaxBatch = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Prompts decoded together.", rich_help_panel=MODEL)
-]
+MaxBatch = Annotated[int, in_model(min=1, metavar="N", help="Prompts decoded together.")]
 BatchRows = Annotated[
     str,
-    typer.Option(
+    in_model(
         "--max-batch",
         metavar="N|auto",
         help="Prompts decoded together; auto: as many as pay under the budget.",
-        rich_help_panel=MODEL,
     ),
 ]
 MaxContext = Annotated[
     int | None,
-    typer.Option(
-        min=1,
-        metavar="N",
-        help="Most tokens, prompt and answer; default: what fits.",
-        rich_help_panel=MODEL,
-    ),
+    in_model(min=1, metavar="N", help="Most tokens, prompt and answer; default: what fits."),
 ]
 MemoryBudget = Annotated[
     str | None,
-    typer.Option(metavar="BYTES", help="Device memory to stay under, such as 1GiB.", rich_help_panel=MODEL),
+    in_model(metavar="BYTES", help="Device memory to stay under, such as 1GiB."),
 ]
 NumberFormat = Annotated[
     Dtype,
-    typer.Option("--dtype", metavar="TYPE", help="auto, float32, bfloat16, float16.", rich_help_panel=MODEL),
+    in_model("--dtype", metavar="TYPE", help="auto, float32, bfloat16, float16."),
 ]
 CacheFormat = Annotated[
     CacheDtype,
-    typer.Option(
+    in_model(
         "--kv-cache-dtype",
         metavar="TYPE",
         help="auto: the cache is as the weights; int8: a half to a quarter of it, lossy: some tokens change.",
-        rich_help_panel=MODEL,
     ),
 ]
 Adaptive = Annotated[
     bool,
-    typer.Option(
-        "--adaptive/--no-adaptive",
-        help="Guess less, or not at all, while guessing does not pay.",
-        rich_help_panel=MODEL,
-    ),
+    in_model("--adaptive/--no-adaptive", help="Guess less, or not at all, while guessing does not pay."),
 ]
 
 Temperature = Annotated[
     float | None,
-    typer.Option(
+    in_sampling(
         metavar="X",
         help="Default 0: the likeliest token each time (greedy), so that the answer is exactly the one of "
         "the model alone; above, the higher the more varied.",
-        rich_help_panel=SAMPLING,
     ),
 ]
 TopP = Annotated[
     float,
-    typer.Option(
-        metavar="X", help="Only the likeliest tokens that sum to this probability.", rich_help_panel=SAMPLING
-    ),
+    in_sampling(metavar="X", help="Only the likeliest tokens that sum to this probability."),
 ]
 TopK = Annotated[
     int,
-    typer.Option(metavar="K", help="Only the K likeliest tokens; 0: all.", rich_help_panel=SAMPLING),
+    in_sampling(metavar="K", help="Only the K likeliest tokens; 0: all."),
 ]
 MinP = Annotated[
     float,
-    typer.Option(
-        metavar="X",
-        help="Only tokens at least this likely, relative to the likeliest.",
-        rich_help_panel=SAMPLING,
-    ),
+    in_sampling(metavar="X", help="Only tokens at least this likely, relative to the likeliest."),
 ]
 RepetitionPenalty = Annotated[
     float,
-    typer.Option(metavar="X", help="Above 1: against tokens of prompt and answer.", rich_help_panel=SAMPLING),
+    in_sampling(metavar="X", help="Above 1: against tokens of prompt and answer."),
 ]
 PresencePenalty = Annotated[
     float,
-    typer.Option(metavar="X", help="Above 0: against tokens of the answer.", rich_help_panel=SAMPLING),
+    in_sampling(metavar="X", help="Above 0: against tokens of the answer."),
 ]
 FrequencyPenalty = Annotated[
     float,
-    typer.Option(metavar="X", help="The same, once for each time.", rich_help_panel=SAMPLING),
+    in_sampling(metavar="X", help="The same, once for each time."),
 ]
 BadWords = Annotated[
     list[str] | None,
-    typer.Option(
-        "--bad-word", metavar="TEXT", help="Never in the answer; repeatable.", rich_help_panel=SAMPLING
-    ),
+    in_sampling("--bad-word", metavar="TEXT", help="Never in the answer; repeatable."),
 ]
 Seed = Annotated[
     int | None,
-    typer.Option(
-        metavar="N",
-        help="Makes sampling repeatable: the n-th answer (turns counted) has the seed N + n - 1.",
-        rich_help_panel=SAMPLING,
+    in_sampling(
+        metavar="N", help="Makes sampling repeatable: the n-th answer (turns counted) has the seed N + n - 1."
     ),
 ]
 
 MaxTokens = Annotated[
     int,
-    typer.Option(
-        "--max-tokens", "-n", min=1, metavar="N", help="Most new tokens an answer.", rich_help_panel=ENDING
-    ),
+    in_ending("--max-tokens", "-n", min=1, metavar="N", help="Most new tokens an answer."),
 ]
 MinTokens = Annotated[
     int,
-    typer.Option(min=0, metavar="N", help="Not before so many tokens.", rich_help_panel=ENDING),
+    in_ending(min=0, metavar="N", help="Not before so many tokens."),
 ]
 Stop = Annotated[
     list[str] | None,
-    typer.Option(metavar="TEXT", help="End before this text; repeatable.", rich_help_panel=ENDING),
+    in_ending(metavar="TEXT", help="End before this text; repeatable."),
 ]
 StopTokenIds = Annotated[
     list[int] | None,
-    typer.Option(
-        "--stop-token-id", min=0, metavar="ID", help="End at this id; repeatable.", rich_help_panel=ENDING
-    ),
+    in_ending("--stop-token-id", min=0, metavar="ID", help="End at this id; repeatable."),
 ]
 IgnoreEos = Annotated[
     bool,
-    typer.Option("--ignore-eos", help="Go on past the model's own end.", rich_help_panel=ENDING),
+    in_ending("--ignore-eos", help="Go on past the model's own end."),
 ]
 
 Output = Annotated[
     str | None,
-    typer.Option(
-        "--output", "-o", metavar="FILE", help="Instead of standard output.", rich_help_panel=OUTPUT
-    ),
+    in_output("--output", "-o", metavar="FILE", help="Instead of standard output."),
 ]
 Style = Annotated[
     Format,
-    typer.Option(
+    in_output(
         "--format",
         metavar="FORMAT",
         help="text, jsonl, or auto: text on a terminal (unless --prompts), else jsonl.",
-        rich_help_panel=OUTPUT,
     ),
 ]
 Stream = Annotated[
     bool | None,
-    typer.Option(
-        "--stream/--no-stream",
-        help="Write text as it comes; default: on a terminal, one prompt at a time.",
-        rich_help_panel=OUTPUT,
+    in_output(
+        "--stream/--no-stream", help="Write text as it comes; default: on a terminal, one prompt at a time."
     ),
 ]
 
@@ -276,13 +234,12 @@ Load = Annotated[
 ]
 ChatMaxTokens = Annotated[
     int | None,
-    typer.Option(
+    in_ending(
         "--max-tokens",
         "-n",
         min=1,
         metavar="N",
         help="Most new tokens an answer; default: 512, or what the context leaves.",
-        rich_help_panel=ENDING,
     ),
 ]
 
@@ -298,57 +255,44 @@ PlanModel = Annotated[
 ]
 PlanModelOption = Annotated[
     str | None,
-    typer.Option(
+    in_model(
         "--model",
         "-m",
         metavar="NAME",
         help="A name (specmemo list), folder, .gguf file or config.json.",
         autocompletion=complete_model,
-        rich_help_panel=MODEL,
     ),
 ]
 PlanDevice = Annotated[
     str,
-    typer.Option(
+    in_model(
         "--device",
         metavar="SLUG",
         help="What to plan for; it need not be here: titan-rtx, t4, rtx-3090, rtx-4090, l4, a10g, a100-40, "
         "a100-80, h100, h200, mi250-gcd, mi250x-gcd, orin-64, cpu; auto: what runs here.",
-        rich_help_panel=MODEL,
     ),
 ]
 PlanTreeNodes = Annotated[
     str | None,
-    typer.Option(
-        "--tree-nodes", metavar="N", help="Tokens checked a step; default: searched.", rich_help_panel=MODEL
-    ),
+    in_model("--tree-nodes", metavar="N", help="Tokens checked a step; default: searched."),
 ]
 PlanDtype = Annotated[
     str,
-    typer.Option("--dtype", metavar="TYPE", help="auto, float32, bfloat16, float16.", rich_help_panel=MODEL),
+    in_model("--dtype", metavar="TYPE", help="auto, float32, bfloat16, float16."),
 ]
 PlanCacheDtype = Annotated[
     str,
-    typer.Option(
-        "--kv-cache-dtype",
-        metavar="TYPE",
-        help="auto: as the weights; int8: about half the cache, lossy.",
-        rich_help_panel=MODEL,
+    in_model(
+        "--kv-cache-dtype", metavar="TYPE", help="auto: as the weights; int8: about half the cache, lossy."
     ),
 ]
 PlanMesh = Annotated[
     str,
-    typer.Option(
-        "--mesh", metavar="N", help="Devices that split the model; bytes are of each.", rich_help_panel=MODEL
-    ),
+    in_model("--mesh", metavar="N", help="Devices that split the model; bytes are of each."),
 ]
 PlanPolicy = Annotated[
     str,
-    typer.Option(
-        metavar="POLICY",
-        help="plan; or a baseline to compare with: unbounded, unbounded-last-row.",
-        rich_help_panel=MODEL,
-    ),
+    in_model(metavar="POLICY", help="plan; or a baseline to compare with: unbounded, unbounded-last-row."),
 ]
 PlanBatch = Annotated[
     str,
@@ -382,30 +326,64 @@ PlanNewTokens = Annotated[
 ]
 Prove = Annotated[
     bool,
-    typer.Option(
+    in_output(
         "--prove",
         help="Compile every program from shapes alone and print the compiler's bytes; takes minutes.",
-        rich_help_panel=OUTPUT,
     ),
 ]
-PlanJson = Annotated[
-    bool, typer.Option("--json", help="One JSON object, refusals too.", rich_help_panel=OUTPUT)
-]
+PlanJson = Annotated[bool, in_output("--json", help="One JSON object, refusals too.")]
 Frontier = Annotated[
     str | None,
-    typer.Option(
+    in_output(
         "--frontier",
         metavar="FILE",
         help="Tokens/s against memory, as .png, .svg (needs matplotlib) or .csv.",
-        rich_help_panel=OUTPUT,
     ),
 ]
 Measured = Annotated[
     str | None,
-    typer.Option(
+    in_output(
         "--measured",
         metavar="FILE",
         help="CSV with peak_bytes, tokens_per_second and perhaps label, to show in --frontier.",
-        rich_help_panel=OUTPUT,
     ),
 ]
+
+
+class GroupedHelp(TyperCommand):
+    """A command whose --help shows each option under its ``rich_help_panel``, in their order."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then panel by panel the options."""
+        panels: dict[str, list[tuple[str, str]]] = {"Arguments": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is None:
+                continue
+            if param.param_type_name == "argument":
+                panels["Arguments"].append((getattr(param, "metavar", None) or record[0], record[1]))
+            else:
+                panel = getattr(param, "rich_help_panel", None) or "Options"
+                panels.setdefault(panel, []).append(record)
+        for name, records in panels.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+
+def row_count(option: str, text: str) -> int | None:
+    """A number of rows, None for ``auto``."""
+    return None if text == "auto" else count(option, text, " or auto")
+
+
+def count(option: str, text: str, other: str = "") -> int:
+    """A whole number from 1 on. Raises ConfigError with what would work."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise ConfigError(
+            f"{option} {text!r} is not a whole number; one from 1 on{other} would work"
+        ) from None
+    if value < 1:
+        raise ConfigError(f"{option} must be at least 1, found {value}")
+    return value

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from specmemo_jax.cli import options
-from specmemo_jax.cli.counts import count, row_count
 from specmemo_jax.cli.failures import describe
-from specmemo_jax.cli.help import GroupedHelp
+from specmemo_jax.cli.options import GroupedHelp, count, row_count
 from specmemo_jax.devices.quiet import quiet_plugins
 from specmemo_jax.errors import ConfigError, SpecMemoError
 

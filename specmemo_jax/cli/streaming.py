@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
-from specmemo_jax.cli.answers import begin
-from specmemo_jax.cli.rows import figures, heading
+from specmemo_jax.cli.answers import begin, figures, heading
 from specmemo_jax.cli.sampling import TurnParams
 from specmemo_jax.files.prompts import PromptRecord
 from specmemo_jax.files.rows import Sink
@@ -19,7 +18,7 @@ def stream_answers(
     *,
     chat: bool | None = None,
 ) -> None:
-    """Write every answer as `rows.as_text` would, in pieces as they come; ``sink`` ends a line cut short.
+    """Write every answer as `answers.as_text` would, in pieces as they come; ``sink`` ends a line cut short.
 
     Raises RequestError before the first answer starts, as `answers.answer` does.
     """

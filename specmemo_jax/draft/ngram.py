@@ -200,8 +200,8 @@ class NgramDrafter(Drafter):
         counts: Int[Array, " R"],
     ) -> NgramState:
         """Write the tokens where they stand; the rest of the chunk is dropped. The hit rates belong to the
-        row's text: one that is told another text, or less of it than was guessed from (a chat that took a
-        turn back), begins with the first rates again.
+        row's text: one that starts anew, is told another text, or less of it than was guessed from (a chat
+        that took a turn back), begins with the first rates again.
         """
         S = state.history.shape[1]
         columns = jnp.arange(tokens.shape[1])[None, :]
@@ -213,7 +213,7 @@ class NgramDrafter(Drafter):
         known = state.hit_rates.last_guesses[rows, 1] - 1  # positions that were observed before the guess
         before = state.history[rows[:, None], jnp.minimum(positions, S - 1)]
         differs = jnp.any(told & (positions < known[:, None]) & (before != tokens), axis=1)
-        anew = jnp.where(differs | (starts + counts < known), rows, history.shape[0])
+        anew = jnp.where((starts == 0) | differs | (starts + counts < known), rows, history.shape[0])
         rates = state.hit_rates.rates.at[anew].set(jnp.asarray(self.initial_hit_rates), mode="drop")
         guesses = state.hit_rates.last_guesses.at[anew].set(0, mode="drop")
         return NgramState(history, HitRates(rates, guesses))

@@ -59,10 +59,14 @@ def settings_of(request: Request, plan: MemoryPlan) -> Settings:
 
 def chunks_within(runner: Runner, row: int, begin: int, end: int) -> list[tuple[int, int]]:
     """``(start, width)`` of the chunks that cover positions ``begin`` to ``end`` of a row. One that would
-    hang over the end of the row's slots begins earlier, and reads some positions again.
+    hang over the end of the row's slots begins earlier, and reads some positions again; as wide as the row
+    is none but the first, because position 0 is where a row starts anew.
     """
-    slots = runner.slots_of(row)
-    chunks = chunk_starts(runner.plan, end - begin)
+    slots, plan = runner.slots_of(row), runner.plan
+    if begin and not plan.whole_prompts and plan.chunks[0] == slots:
+        chunks = [(offset, plan.chunks[-1]) for offset in range(0, end - begin, plan.chunks[-1])]
+    else:
+        chunks = chunk_starts(plan, end - begin)
     return [(min(begin + offset, slots - width), width) for offset, width in chunks]
 
 

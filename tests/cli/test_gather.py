@@ -3,7 +3,7 @@ import io
 import pytest
 import typer
 
-from specmemo_jax.cli.inputs import gather
+from specmemo_jax.cli.generate import gather
 
 
 class Terminal(io.TextIOWrapper):
