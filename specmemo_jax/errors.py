@@ -25,7 +25,15 @@ class RequestError(SpecMemoError, ValueError):
     """A prompt or sampling parameter that cannot be served."""
 
 
-class CapacityWarning(UserWarning):
+class SpecMemoWarning(UserWarning):
+    """Base of every note this package gives about something that went otherwise than asked."""
+
+
+class CheckpointWarning(SpecMemoWarning):
+    """A checkpoint whose parts contradict each other: what was made of it."""
+
+
+class CapacityWarning(SpecMemoWarning):
     """The device had less memory than planned: what was given up so that generation could go on."""
 
 

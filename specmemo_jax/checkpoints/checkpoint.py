@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ from specmemo_jax.checkpoints.safetensors_files import (
     INDEX_NAME,
     SINGLE_NAME,
     SafetensorsReader,
+    StoredTensor,
     list_safetensors,
+    same_values,
 )
-from specmemo_jax.errors import ConfigError, WeightsError
+from specmemo_jax.errors import CheckpointWarning, ConfigError, WeightsError
 from specmemo_jax.llama.config import LlamaConfig
 
 _FINITE_CHUNK = 1 << 20
@@ -93,7 +96,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def _open_folder(folder: Path) -> Checkpoint:
     if (folder / SINGLE_NAME).exists() or (folder / INDEX_NAME).exists():
         config = _folder_config(folder)
-        return Checkpoint(folder, config, _safetensors_entries(folder, config))
+        stored = list_safetensors(folder)
+        config = _with_own_head(folder, config, stored)
+        return Checkpoint(folder, config, _safetensors_entries(folder, config, stored))
     ggufs = sorted(folder.glob("*.gguf"))
     if len(ggufs) == 1:
         return _open_gguf(ggufs[0])
@@ -129,9 +134,28 @@ def _folder_config(folder: Path) -> LlamaConfig:
     return LlamaConfig.from_json(file)
 
 
-def _safetensors_entries(folder: Path, config: LlamaConfig) -> tuple[TensorEntry, ...]:
+def _with_own_head(folder: Path, config: LlamaConfig, stored: Sequence[StoredTensor]) -> LlamaConfig:
+    """The config, untied where it says that head and embedding are one table and the file has two different
+    ones: the file's are used, as transformers does.
+    """
+    tables = {tensor.name.removeprefix("model."): tensor for tensor in stored}
+    head, embedding = tables.get("lm_head.weight"), tables.get("embed_tokens.weight")
+    if not config.tied_embeddings or head is None or embedding is None or same_values(head, embedding):
+        return config
+    warnings.warn(
+        f"{folder}: the config ties the head to the embedding, but lm_head.weight in the file is another "
+        "table; the file's is used",
+        CheckpointWarning,
+        stacklevel=2,
+    )
+    return dataclasses.replace(config, tied_embeddings=False)
+
+
+def _safetensors_entries(
+    folder: Path, config: LlamaConfig, found: Sequence[StoredTensor]
+) -> tuple[TensorEntry, ...]:
     entries = []
-    for stored in list_safetensors(folder):
+    for stored in found:
         name = stored.name.removeprefix("model.")
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tied_embeddings):
             continue  # written by older transformers; recomputed or shared here

@@ -16,6 +16,7 @@ from specmemo_jax.errors import WeightsError
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_BLOCK = 2**24  # bytes that are compared at once
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -64,6 +65,19 @@ def list_safetensors(folder: Path) -> list[StoredTensor]:
             + f"; all {len(shards)} shards that {INDEX_NAME} names would work"
         )
     return [stored for shard, names in sorted(shards.items()) for stored in _list_file(folder / shard, names)]
+
+
+def same_values(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two tensors hold the same numbers, read block by block."""
+    if a.shape != b.shape:
+        return False
+    rows = max(1, _BLOCK * a.shape[0] // max(1, a.nbytes))
+    with _open(a.file) as file, _open(b.file) as other_file:
+        one, other = file.get_slice(a.name), other_file.get_slice(b.name)
+        return all(
+            np.array_equal(*(part[i : min(i + rows, a.shape[0])].astype(np.float32) for part in (one, other)))
+            for i in range(0, a.shape[0], rows)
+        )
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from specmemo_jax.errors import SpecMemoError
+from specmemo_jax.errors import SpecMemoError, SpecMemoWarning
 
 INTERRUPTED = 130  # 128 + SIGINT, and below 128 + SIGPIPE, as a shell reports them
 BROKEN_PIPE = 141
@@ -113,6 +113,13 @@ def quiet_libraries() -> None:
     for name in ("jax", "transformers", "huggingface_hub", "httpx", "absl"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
+    warnings.simplefilter("always", SpecMemoWarning)
+    warnings.showwarning = _show_note
+
+
+def _show_note(message: Warning | str, *place: Any) -> None:
+    """A note of ours as one line; who raised it is nothing to a user of the command line."""
+    print(f"specmemo: note: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def drop_standard_output() -> None:

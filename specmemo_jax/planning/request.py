@@ -1,5 +1,6 @@
 """From what a user names to a plan: model, device, drafters allowed, and where the figures come from."""
 
+import contextlib
 import dataclasses
 import platform as host
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from specmemo_jax.checkpoints import open_checkpoint
 from specmemo_jax.checkpoints.hub import is_hub_id
 from specmemo_jax.checkpoints.zoo import resolve, zoo_entry
 from specmemo_jax.devices.table import DeviceSpec, default_dtype_of, find_device
@@ -19,7 +21,7 @@ from specmemo_jax.draft import (
     is_model_name,
     make_drafter,
 )
-from specmemo_jax.errors import ConfigError, ModelNotFoundError
+from specmemo_jax.errors import ConfigError, ModelNotFoundError, WeightsError
 from specmemo_jax.files.byte_size import parse_bytes
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.packing import Target
@@ -119,6 +121,8 @@ def named_config(model: str | Path) -> ModelRef:
         return ModelRef(entry.name, entry.config)
     path = Path(model).expanduser()
     if path.is_dir() and (path / "config.json").is_file():
+        with contextlib.suppress(WeightsError):  # weights that are there may say more (a head of their own)
+            return ModelRef(str(model), open_checkpoint(path).config)
         return ModelRef(str(model), LlamaConfig.from_json(path / "config.json"))
     if path.is_file() and path.suffix == ".json":
         return ModelRef(str(model), LlamaConfig.from_json(path))
@@ -127,8 +131,6 @@ def named_config(model: str | Path) -> ModelRef:
             f"{model} would have to be fetched to be planned for; `specmemo pull {model}` and then "
             "the folder that it names, or a config.json, would work"
         )
-    from specmemo_jax.checkpoints import open_checkpoint
-
     return ModelRef(str(model), open_checkpoint(resolve(model, download=False).path).config)
 
 

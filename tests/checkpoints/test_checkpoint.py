@@ -1,6 +1,7 @@
 import json
 import struct
 import tracemalloc
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -10,9 +11,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from tiny_checkpoints import random_tensors, raw_config, write_folder
 
-from specmemo_jax.checkpoints import open_checkpoint
-from specmemo_jax.errors import ConfigError, SpecMemoError, WeightsError
+from specmemo_jax import LLM, SamplingParams
+from specmemo_jax.checkpoints import open_checkpoint, safetensors_files
+from specmemo_jax.errors import CheckpointWarning, ConfigError, SpecMemoError, WeightsError
 from specmemo_jax.llama.config import LlamaConfig
+from specmemo_jax.planning.request import named_config
 
 LAYER = "layers.1.mlp.up_proj.weight"
 
@@ -175,3 +178,58 @@ def test_corrupt_safetensors_never_crash(tmp_path_factory, data):
             pass
     except SpecMemoError as error:
         assert "\n" not in str(error)  # noqa: PT017
+
+
+def tied_folder(folder, head, dtype: Any = np.float32, **changes):
+    """A config that ties the head, and a file that has one all the same."""
+    config = LlamaConfig.from_dict(raw_config())
+    tensors = random_tensors(config, dtype)
+    tensors["lm_head.weight"] = head(tensors["embed_tokens.weight"])
+    return write_folder(folder, tensors, raw_config(tie_word_embeddings=True, **changes)), tensors
+
+
+def test_open_tied_config_with_another_head_uses_the_file_s(tmp_path):
+    folder, tensors = tied_folder(tmp_path / "m", lambda table: table[::-1].copy())
+    with pytest.warns(CheckpointWarning, match="lm_head.weight in the file is another table"):
+        checkpoint = open_checkpoint(folder)
+    assert not checkpoint.config.tied_embeddings
+    found = dict(checkpoint.tensors())
+    np.testing.assert_array_equal(found["lm_head.weight"], tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize("at", [0, 23, 47])
+def test_open_tied_config_one_number_apart_is_another_head(tmp_path, at, monkeypatch):
+    monkeypatch.setattr(safetensors_files, "_BLOCK", 1000)  # a few rows at a time
+
+    def other(table):
+        table = table.copy()
+        table[at, 5] += 1
+        return table
+
+    folder, _ = tied_folder(tmp_path / "m", other)
+    with pytest.warns(CheckpointWarning):
+        assert not open_checkpoint(folder).config.tied_embeddings
+
+
+@pytest.mark.parametrize(
+    "head", [np.copy, lambda table: table.astype(np.float16)], ids=["same", "same, 16 bits"]
+)
+def test_open_tied_config_with_the_same_head_stays_tied(tmp_path, head):
+    folder, _ = tied_folder(tmp_path / "m", head, np.float16)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config.tied_embeddings
+    assert "lm_head.weight" not in dict(checkpoint.tensors())
+
+
+def test_llm_tied_config_with_another_head_answers_as_untied_and_is_planned_so(tmp_path):
+    folder, tensors = tied_folder(tmp_path / "m", lambda table: table[::-1].copy())
+    with pytest.warns(CheckpointWarning):
+        tied = LLM(folder, max_context=32, drafter=None)
+    untied = LLM(LlamaConfig.from_dict(raw_config()), tensors, max_context=32, drafter=None)
+    with tied, untied:
+        assert tied.plan.weights_bytes == untied.plan.weights_bytes == tied.target.num_bytes
+        params = SamplingParams(temperature=0, max_tokens=12)
+        mine, theirs = (llm.generate([[1, 2, 3]], params)[0].outputs[0].token_ids for llm in (tied, untied))
+        assert mine == theirs
+    with pytest.warns(CheckpointWarning):
+        assert not named_config(folder).config.tied_embeddings
