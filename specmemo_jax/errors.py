@@ -25,6 +25,14 @@ class RequestError(SpecMemoError, ValueError):
     """A prompt or sampling parameter that cannot be served."""
 
 
+class ClosedError(RequestError):
+    """A model that was closed."""
+
+
+class ForkError(SpecMemoError, RuntimeError):
+    """A model that was made before the process forked."""
+
+
 class SpecMemoWarning(UserWarning):
     """Base of every note this package gives about something that went otherwise than asked."""
 

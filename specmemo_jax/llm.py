@@ -41,6 +41,7 @@ from specmemo_jax.serve.outputs import RequestOutput
 from specmemo_jax.serve.params import SamplingParams
 from specmemo_jax.serve.serve import Job, TextStream, device_sampling, pad_bad_words, serve
 from specmemo_jax.serve.text import AnswerText
+from specmemo_jax.serve.turn import Turn
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int]
@@ -50,6 +51,10 @@ Policy = Literal["plan", "unbounded", "unbounded-last-row"]
 
 class LLM:
     """A target model that answers prompts, drafted for by ``drafter``; a context manager.
+
+    It may be used from several threads, whose calls take turns: each waits until the one that runs has
+    ended, a stream until it is closed or read to its end. A second call in the thread whose stream is open
+    is refused.
 
     Args:
         model: a name under ``models/``, a Hugging Face folder or hub id, a ``.gguf`` file,
@@ -137,7 +142,7 @@ class LLM:
         device = jax.devices()[0]
         pool = check_allocator(needed, [device])
         enable_compilation_cache(compilation_cache)
-        self._seeds = np.random.default_rng(seed)
+        self._seeds, self._turn = np.random.default_rng(seed), Turn()
         shapes = abstract_target(self.config, jnp.dtype(chosen), device.platform)
         compiled = ProgramCache(Programs(shapes, self.drafter, self.plan))
         if pool is not None and pool - needed < tuning_bytes(shapes):
@@ -146,13 +151,20 @@ class LLM:
         self.engine = Engine(self.target, self.drafter, self.plan, adaptive, compiled)
 
     def __enter__(self) -> "LLM":
+        self._turn.check()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Free the cache and the weights on the device. The object cannot be used again."""
+        """Free the cache and the weights on the device. The object cannot be used again.
+
+        A call that runs in another thread is waited for; this thread's own open stream ends, with the finish
+        reason ``"abort"``. Closing again does nothing, and neither does closing in a forked child.
+        """
+        if not self._turn.close():
+            return
         self.engine.close()
         drafted = jax.tree.leaves(self.engine.draft_weights) if self._own_draft else ()
         for leaf in (*drafted, *self.target.leaves):
@@ -184,6 +196,7 @@ class LLM:
         as it finishes. All requests are checked before the first one starts. Without
         ``sampling_params``, those of `get_default_sampling_params` hold.
         """
+        self._turn.check()
         return self._run([prompts] if isinstance(prompts, str) else prompts, sampling_params, progress)
 
     def chat(
@@ -194,6 +207,7 @@ class LLM:
         progress: Progress | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, each a list of ``{"role": ..., "content": ...}``."""
+        self._turn.check()
         if not messages:
             raise RequestError("an empty conversation: give at least one message")
         conversations: Sequence[Any] = [messages] if isinstance(messages[0], Mapping) else messages
@@ -207,6 +221,7 @@ class LLM:
 
         A piece never ends inside a character and never shows a part of a stop string.
         """
+        self._turn.check()
         self.need_tokenizer("streams")
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
             prompt = self.need_tokenizer().chat_ids(prompt)  # type: ignore[arg-type]
@@ -219,15 +234,15 @@ class LLM:
 
         Raises RequestError for ids or a beginning that cannot be, CapacityError without room.
         """
+        self._turn.check()
         ids = self.prompt_ids(ids, 0)
         if not 1 <= begin < len(ids):
             would = f"from 1 to {len(ids) - 1}" if len(ids) > 1 else "two ids at least"
             raise RequestError(f"begin {begin} of {len(ids)} ids; {would} would work")
         if len(ids) > self.plan.context:
             raise RequestError(f"{len(ids)} ids to score, the context holds {self.plan.context}")
-        if any(row is not None for row in self.engine.rows):
-            raise RequestError("another call is still running; its end, or closing its stream, would work")
-        return self.engine.score(ids, begin)
+        with self._turn.held():
+            return self.engine.score(ids, begin)
 
     def run_batch(
         self,
@@ -261,6 +276,7 @@ class LLM:
         Raises RequestError where the requests cannot be read or the results are of other settings, and
         `specmemo_jax.files.rows.OutputError` where rows cannot be written; what was written stays.
         """
+        self._turn.check()
         return run_batch(
             self,
             requests,
@@ -299,19 +315,23 @@ class LLM:
         """`specmemo_jax.serve.serve.serve`: the jobs, each whenever it has grown. A call that fails may have
         eaten its donated buffers, so the next starts afresh.
         """
-        if any(row is not None for row in self.engine.rows):
-            raise RequestError("another call is still running; its end, or closing its stream, would work")
-        try:
-            with contextlib.closing(serve(self.engine, jobs, burst, ahead)) as running:
-                yield from running
-        except GeneratorExit:
-            raise
-        except BaseException:
-            self.engine.close()
-            raise
+        self._turn.check()
+        return self._turn.known(self._serve(jobs, burst, ahead))
+
+    def _serve(self, jobs: Iterable[Job], burst: int, ahead: int | None) -> Generator[Job, None, None]:
+        with self._turn.held():
+            try:
+                with contextlib.closing(serve(self.engine, jobs, burst, ahead)) as running:
+                    yield from running
+            except GeneratorExit:
+                raise
+            except BaseException:
+                self.engine.close()
+                raise
 
     def job(self, prompt: Prompt, params: SamplingParams, place: int) -> Job:
         """One prompt, checked, as `run_jobs` takes it; ``place`` names it in errors and is its id."""
+        self._turn.check()
         ids = self.prompt_ids(prompt, place)
         for token in params.stop_token_ids or ():
             if token >= self.config.vocab_size:

@@ -17,7 +17,6 @@ from specmemo_jax.chat.turns import (
     rebuilt,
     spoken_ids,
 )
-from specmemo_jax.engine.engine import Engine
 from specmemo_jax.errors import ConfigError, RequestError
 from specmemo_jax.llm import LLM
 from specmemo_jax.serve.outputs import RequestOutput
@@ -32,8 +31,9 @@ class ChatSession:
     """A chat with ``llm``: each question prefills only what is new.
 
     Args:
-        llm: its model must have a chat template. Other calls of it may come between two questions; what
-            they take of the cache is read again.
+        llm: its model must have a chat template. Other calls of it may come between two questions, from
+            other threads and sessions too; what they take of the cache is read again. After it is closed
+            nothing more can be asked, and the chat can still be read and saved.
         system: the system prompt; None: what the template does without one.
         overflow: what happens when question and answer do not fit the context: ``"error"``, or
             ``"drop-oldest"``: whole turns go, the oldest first; the system prompt stays.
@@ -213,7 +213,7 @@ class ChatSession:
             ways += ["a shorter message"]
         return ways if plan.context >= most else [*ways, f"a larger max_context (the model's own is {most})"]
 
-    def _record(self, stream: "ChatStream", prefilled: int) -> None:
+    def _record(self, stream: "ChatStream") -> None:
         """Take an answer in that has ended."""
         job, output = stream.job, stream.output
         assert output is not None
@@ -231,12 +231,12 @@ class ChatSession:
             "decode_s": metrics.decode_s,
             "stepped_tokens": sum(metrics.accepted_lengths),
             "prompt_tokens": len(output.prompt_token_ids),
-            "prefilled_tokens": prefilled,
+            "prefilled_tokens": job.request.num_prefilled,
             "full_renders": int(turn.whole and len(self._turns) > 1),
         }
         for name, value in sums.items():
             self._sums[name] += value
-        self._sums["last_prefilled"] = prefilled
+        self._sums["last_prefilled"] = job.request.num_prefilled
 
 
 class ChatStream:
@@ -258,8 +258,6 @@ class ChatStream:
         self.job, self.asked, self.kept, self.dropped = job, asked, kept, dropped
         self._begun = self._ended = False
         self._session, self._stopped = session, threading.Event()
-        self._engine: Engine = session.llm.engine
-        self._before = self._engine.prefilled_tokens
         self._text = TextStream(self._run(), job)
 
     def _run(self) -> Generator[Job, None, None]:
@@ -300,7 +298,7 @@ class ChatStream:
         if not self._ended:
             self._ended = True
             if self.output is not None:
-                self._session._record(self, self._engine.prefilled_tokens - self._before)
+                self._session._record(self)
 
     def __enter__(self) -> "ChatStream":
         return self

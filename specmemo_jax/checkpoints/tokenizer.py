@@ -1,6 +1,7 @@
 """Text to token ids and back, and chats to ids, over a transformers fast tokenizer."""
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class Tokenizer:
 
     def __init__(self, fast: Any):
         self.fast = fast
+        self._lock = threading.Lock()  # the library's encoder and decoder refuse a second thread
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
@@ -128,13 +130,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, with the special tokens that the tokenizer adds (bos, for most Llamas)."""
-        return list(self.fast.encode(_checked(text)))
+        _checked(text)
+        with self._lock:
+            return list(self.fast.encode(text))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``."""
-        return self.fast.decode(
-            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+        with self._lock:
+            return self.fast.decode(
+                list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
 
     def first_difference(self, other: "Tokenizer") -> str | None:
         """The first id that means another token in ``other``, in words; None if all ids mean the same."""
@@ -198,7 +203,9 @@ class Tokenizer:
 
     def _plain_ids(self, text: str) -> list[int]:
         """Ids of text that already holds its special tokens."""
-        return list(self.fast.encode(_checked(text), add_special_tokens=False))
+        _checked(text)
+        with self._lock:
+            return list(self.fast.encode(text, add_special_tokens=False))
 
     @staticmethod
     def _unused_word(messages: Sequence[Message]) -> str:
@@ -221,13 +228,12 @@ def _chat_template(folder: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _checked(text: str) -> str:
-    """The text. Raises RequestError where it has a lone surrogate, which the tokenizers library dies of."""
+def _checked(text: str) -> None:
+    """Raises RequestError where a text has a lone surrogate, which the tokenizers library dies of."""
     if (at := not_unicode(text)) is not None:
         raise RequestError(
             f"a text is not valid Unicode at character {at}; one without lone surrogates works"
         )
-    return text
 
 
 def _first_line(error: BaseException) -> str:

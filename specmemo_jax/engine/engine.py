@@ -148,7 +148,8 @@ class Engine:
         self.scorer.forget()
         self.placement.kept[row] = None
         first = prefill(self.runner, row, request, ids, kept)
-        self.prefilled_tokens += len(ids) - kept
+        request.num_prefilled = len(ids) - kept
+        self.prefilled_tokens += request.num_prefilled
         if request.begun:
             restore(self.runner, row, request)
         else:

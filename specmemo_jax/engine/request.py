@@ -21,10 +21,11 @@ class Request:
     of the prompt that its row's cache still holds is not read again.
 
     Since then: ``ids``, those of prompt and answer; the last of an answer is *pending*, emitted and not yet
-    in the cache. ``num_observed``: positions that the drafter has observed. ``paused``: it has outgrown its
-    group, and no wider row is free. ``accepted_lengths`` and ``tree_nodes``: tokens emitted and nodes
-    verified, a step each. ``admitted_at`` and ``answered_at``: when its prompt began to be read, and when
-    its first token was there, in seconds of `time.perf_counter`.
+    in the cache. ``num_prefilled``: positions that were read when it was admitted last, those that its row
+    still held left out. ``num_observed``: positions that the drafter has observed. ``paused``: it has
+    outgrown its group, and no wider row is free. ``accepted_lengths`` and ``tree_nodes``: tokens emitted and
+    nodes verified, a step each. ``admitted_at`` and ``answered_at``: when its prompt began to be read, and
+    when its first token was there, in seconds of `time.perf_counter`.
     """
 
     prompt: Sequence[int]
@@ -33,6 +34,7 @@ class Request:
     sampling: Sampling | None = None
     reuse: bool = False
     ids: list[int] = dataclasses.field(default_factory=list)
+    num_prefilled: int = 0
     num_observed: int = 0
     paused: bool = False
     accepted_lengths: list[int] = dataclasses.field(default_factory=list)

@@ -1,6 +1,7 @@
 """Requests through the engine: their answers grow, end, and come out piece by piece."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import islice
@@ -87,7 +88,7 @@ def serve(
     first starts). Closing the iterator early ends the live ones with the reason ``"abort"`` and frees their
     rows. Raises as `Scheduler.step` does.
     """
-    coming, scheduler = iter(jobs), Scheduler(engine)
+    coming, scheduler, pid = iter(jobs), Scheduler(engine), os.getpid()
     unfinished: dict[Request, Job] = {}
     try:
         while True:
@@ -110,6 +111,8 @@ def serve(
                 yield job
     finally:
         now = time.perf_counter()
+        if os.getpid() != pid:
+            unfinished = {}  # a forked child collects what its parent was doing
         for request, job in unfinished.items():
             scheduler.remove(request)
             if request.begun:
