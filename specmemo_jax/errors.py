@@ -28,6 +28,9 @@ class RequestError(SpecMemoError, ValueError):
 class ClosedError(RequestError):
     """A model that was closed."""
 
+    def __init__(self, message: str = "the model was closed; a new LLM(...) works"):
+        super().__init__(message)
+
 
 class ForkError(SpecMemoError, RuntimeError):
     """A model that was made before the process forked."""

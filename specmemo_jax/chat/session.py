@@ -265,6 +265,7 @@ class ChatStream:
             for job in running:
                 yield job
                 if self._stopped.is_set():
+                    self._text.left = True
                     return
 
     @property

@@ -12,7 +12,7 @@ from specmemo_jax.decode.sampling import Sampling
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.request import Request
 from specmemo_jax.engine.scheduler import Scheduler
-from specmemo_jax.errors import RequestError
+from specmemo_jax.errors import ClosedError
 from specmemo_jax.memory.footprint import BURST
 from specmemo_jax.memory.plan import MemoryPlan
 from specmemo_jax.serve.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -100,7 +100,9 @@ def serve(
                 return
             grown = scheduler.step(burst)
             if not grown and not scheduler.waiting:
-                raise RequestError("the model was closed while this answer was generated")
+                raise ClosedError(
+                    "the model was closed while this answer was generated; a new LLM(...) works"
+                )
             now = time.perf_counter()
             for request in grown:
                 job = unfinished[request]
@@ -128,7 +130,7 @@ class TextStream:
     """
 
     def __init__(self, running: Generator[Job, None, None], job: Job):
-        self._running, self._job = running, job
+        self._running, self._job, self.left = running, job, False  # left: early, by its reader
 
     @property
     def output(self) -> RequestOutput | None:
@@ -145,10 +147,13 @@ class TextStream:
                 return piece
         if piece := self._job.text.piece():
             return piece
+        if not self.left and self.output is not None and not self.output.finished:
+            raise ClosedError  # not left by its reader: the model went away
         raise StopIteration
 
     def close(self) -> None:
         """End the request; nothing happens if it has ended."""
+        self.left = True
         self._running.close()
 
     def __enter__(self) -> "TextStream":

@@ -31,7 +31,7 @@ class Turn:
                 "a model made in the child, or a child started with multiprocessing's 'spawn', works"
             )
         if self._closed:
-            raise ClosedError("the model was closed; a new LLM(...) works")
+            raise ClosedError
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from specmemo_jax import LLM, SamplingParams
 from specmemo_jax.checkpoints.open import open_model
 from specmemo_jax.draft import DraftModel, NgramDrafter, SelfDrafter, TreeShape
 from specmemo_jax.draft.load import open_draft_model
-from specmemo_jax.errors import ConfigError, RequestError
+from specmemo_jax.errors import ClosedError, ConfigError, RequestError
 from specmemo_jax.testing import TINY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -141,13 +141,15 @@ def test_an_interrupt_ends_a_stream_with_what_there_is(monkeypatch):
     assert llm.generate([PROMPTS[0]], params)[0].finished
 
 
-def test_a_stream_outlives_its_model_with_an_error():
-    with new_llm() as llm:
+def test_stream_of_a_model_that_is_closed_says_so_and_keeps_what_there_is():
+    with LLM(TINY, tiny_llama(), drafter=None) as llm:
         llm.tokenizer = TOKENIZER
         stream = llm.stream(PROMPTS[0], SamplingParams(temperature=0, max_tokens=60))
         next(stream)
-    with pytest.raises(RequestError, match="was closed"):
+    with pytest.raises(ClosedError, match="the model was closed"):
         list(stream)
+    assert stream.output is not None
+    assert stream.output.outputs[0].finish_reason == "abort"
 
 
 def test_reasons_are_vllm_s():
