@@ -78,8 +78,8 @@ def asked(number: int, options: argparse.Namespace) -> dict:
 
 def two_layers(planning: Planning) -> Planning:
     """The same request for a model of 2 layers."""
-    config = dataclasses.replace(planning.task.config, num_layers=2)
-    return dataclasses.replace(planning, task=dataclasses.replace(planning.task, config=config))
+    config = dataclasses.replace(planning.request.config, num_layers=2)
+    return dataclasses.replace(planning, task=dataclasses.replace(planning.request, config=config))
 
 
 def attempt(planning: Planning, budget: int) -> MemoryPlan | BudgetError:
@@ -117,7 +117,7 @@ def answer(number: int, options: argparse.Namespace) -> Outcome:
 def refusal_errors(planning: Planning, budget: int, refusal: BudgetError) -> list[str]:
     """What is wrong with a refusal of ``budget``."""
     least, wrong = refusal.least_budget, []
-    memory = planning.task.device.memory_bytes
+    memory = planning.request.device.memory_bytes
     if least <= budget <= memory:  # a budget beyond the device is refused for that
         wrong.append(f"refused {budget} and names {least}")
     if least <= memory and not isinstance(attempt(planning, least), MemoryPlan):
@@ -129,7 +129,9 @@ def refusal_errors(planning: Planning, budget: int, refusal: BudgetError) -> lis
 
 def compiled_peak(plan: MemoryPlan, planning: Planning, every_program: bool) -> int:
     """Weights, the platform's reserve, persistent buffers and the most that a compiled program needs."""
-    programs = programs_for(plan, compile_target_for(planning.task.device, planning.task.dtype, plan.shards))
+    programs = programs_for(
+        plan, compile_target_for(planning.request.device, planning.request.dtype, plan.shards)
+    )
     by_size = sorted(plan.footprint.programs, key=lambda p: p.bytes, reverse=True)
     named = [f"{p.name}, sampled" for p in by_size if p.name != "growth"]
     extras = [

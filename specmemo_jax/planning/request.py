@@ -63,22 +63,23 @@ class ModelRef:
 class Planning:
     """Everything a plan is searched with."""
 
-    task: PlanRequest
-    options: tuple[Candidate, ...]
+    request: PlanRequest
+    offered: tuple[Candidate, ...]
     speed: SpeedModel
     budget: int | None = None
 
     def plan(self) -> MemoryPlan:
         """The best plan under the budget (`specmemo_jax.planning.search.search`)."""
-        return search(self.task, self.options, self.speed, self.budget)
+        return search(self.request, self.offered, self.speed, self.budget)
 
     def frontier(self) -> list[MemoryPlan]:
-        """The fastest plans for their memory, by rising peak; an open batch is that of `plan`."""
-        task = self.task
-        if task.workload.batch is None:
-            workload = dataclasses.replace(task.workload, batch=self.plan().batch)
-            task = dataclasses.replace(task, workload=workload)
-        return frontier(candidates(task, self.options, self.speed))
+        """The fastest plans for their memory, by rising peak; an open batch or context is that of `plan`."""
+        workload, request = self.request.workload, self.request
+        if workload.batch is None or workload.context is None:
+            chosen = self.plan()
+            workload = dataclasses.replace(workload, batch=chosen.batch, context=chosen.context)
+            request = dataclasses.replace(request, workload=workload)
+        return frontier(candidates(request, self.offered, self.speed))
 
 
 def planning_for(
@@ -108,10 +109,10 @@ def planning_for(
     workload = workload_for(named.config, batch, context, prompt_tokens, new_tokens)
     kv_dtype = kv_dtype_for(kv_cache_dtype)
     cache = cache_source(named.name, kv_dtype)
-    task = PlanRequest(named.config, chosen, spec, workload, shards, policy, kv_dtype, cache)
-    draft = drafter_named(drafter, tree_nodes, named.config, task)
-    options = candidates_for(draft, named.name, task, tree_nodes)
-    return Planning(task, options, speed_for(task, named.name), budget)
+    request = PlanRequest(named.config, chosen, spec, workload, shards, policy, kv_dtype, cache)
+    draft = drafter_named(drafter, tree_nodes, named.config, request)
+    offered = candidates_for(draft, named.name, request, tree_nodes)
+    return Planning(request, offered, speed_for(request, named.name), budget)
 
 
 def named_config(model: str | Path) -> ModelRef:
@@ -184,7 +185,7 @@ def cache_source(model: str, kv_dtype: str | None) -> str:
 
 
 def drafter_named(
-    drafter: Drafter | str | Path | None, tree_nodes: int | None, config: LlamaConfig, task: PlanRequest
+    drafter: Drafter | str | Path | None, tree_nodes: int | None, config: LlamaConfig, request: PlanRequest
 ) -> Drafter | str | None:
     """For `candidates_for`: ``"auto"`` and ``"ngram"`` stay open, a model's name becomes its shapes."""
     if drafter in ("auto", "ngram"):
@@ -199,33 +200,33 @@ def drafter_named(
         return DraftModel(
             config=draft,
             load=_no_weights,
-            shape=default_shape(tree_nodes, task.platform),
-            dtype=task.dtype,
+            shape=default_shape(tree_nodes, request.platform),
+            dtype=request.dtype,
             vocab_size=config.vocab_size,
             name=f"draft model {drafter}",
         )
     assert not isinstance(drafter, Path)
-    made = make_drafter(drafter, tree_nodes, platform=task.platform, dtype=task.dtype)
+    made = make_drafter(drafter, tree_nodes, platform=request.platform, dtype=request.dtype)
     if isinstance(made, SelfDrafter) and made.layers >= config.num_layers:
         raise ConfigError(f"{made.name}: the target has {config.num_layers} layers; fewer would work")
     return made
 
 
 def candidates_for(
-    drafter: Drafter | str | None, model: str, task: PlanRequest, tree_nodes: int | None = None
+    drafter: Drafter | str | None, model: str, request: PlanRequest, tree_nodes: int | None = None
 ) -> tuple[Candidate, ...]:
     """Drafters to choose among: for ``"auto"`` n-gram trees and none, for a name or an object that one."""
     if drafter is None:
         return (Candidate(),)
     if isinstance(drafter, str):
-        trees = _ngrams(task, tree_nodes)
+        trees = _ngrams(request, tree_nodes)
         plain = (Candidate(),) if drafter == "auto" else ()
         return (*plain, *(Candidate(tree, find_expected_acceptance(tree, model)) for tree in trees))
     return (Candidate(drafter, find_expected_acceptance(drafter, model)),)
 
 
-def _ngrams(task: PlanRequest, tree_nodes: int | None) -> list[NgramDrafter]:
-    usual = make_drafter("ngram", tree_nodes, platform=task.platform, dtype=task.dtype)
+def _ngrams(request: PlanRequest, tree_nodes: int | None) -> list[NgramDrafter]:
+    usual = make_drafter("ngram", tree_nodes, platform=request.platform, dtype=request.dtype)
     assert isinstance(usual, NgramDrafter)
     if tree_nodes is not None:
         return [usual]
@@ -266,20 +267,20 @@ def profile_folders(model: str) -> tuple[Path, ...]:
     return (user_folder(model), *(() if entry is None else (entry.folder / "profiles",)))
 
 
-def speed_for(task: PlanRequest, model: str) -> SpeedModel:
+def speed_for(request: PlanRequest, model: str) -> SpeedModel:
     """What was measured for this device, model, dtype and versions; else the device's roofline.
 
     With an int8 cache nothing is measured, and the roofline counts its bytes; where the compiler converts a
     layer's cache before the product (all but CUDA from Ampere on), the converted copy counts, too.
     """
-    spec, config = task.device, task.config
-    if task.kv_dtype == "int8":
-        fused = backends(task.platform, spec.compute_capability) == ("triton",)
-        converted = 0 if fused else 2 * jnp.dtype(task.dtype).itemsize
+    spec, config = request.device, request.config
+    if request.kv_dtype == "int8":
+        fused = backends(request.platform, spec.compute_capability) == ("triton",)
+        converted = 0 if fused else 2 * jnp.dtype(request.dtype).itemsize
         return roofline(spec, 1 + 4 / config.head_dim + converted)
     found = None
-    if task.shards == 1:
-        found = find_calibration(fingerprint_on(spec, model, config, task.dtype))
+    if request.shards == 1:
+        found = find_calibration(fingerprint_on(spec, model, config, request.dtype))
     return roofline(spec) if found is None else calibrated(found)
 
 

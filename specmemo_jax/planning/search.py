@@ -21,9 +21,9 @@ from specmemo_jax.memory.workload import SLOTS, Workload, groups_for
 from specmemo_jax.planning.profile import ExpectedAcceptance
 from specmemo_jax.planning.speed import SpeedModel, tokens_per_second
 
-BATCHES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)  # to choose a batch among
-FASTER = 1.02  # by which more rows must pay
-KEPT = 0.96  # of the best throughput, at the lower bound
+BATCH_CHOICES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)  # to choose a batch among
+MIN_BATCH_GAIN = 1.02  # of the throughput, by a larger batch that is to be chosen
+KEPT_THROUGHPUT = 0.96  # of the best, at the lower bound
 CHUNKS = ((256, 64), (128, 32), (64, 32), (32,))
 SCORE_NODES = (None, 32)
 LOGIT_NODES = (None, 8)
@@ -63,37 +63,39 @@ class PlanRequest:
         return self.workload.context or self.workload.tokens
 
 
-def candidates(task: PlanRequest, options: Sequence[Candidate], speed: SpeedModel) -> list[MemoryPlan]:
-    """Every plan worth considering for the task's least context, each with what is expected of it."""
-    if task.workload.context is None and task.context > task.config.max_context:
+def candidates(request: PlanRequest, offered: Sequence[Candidate], speed: SpeedModel) -> list[MemoryPlan]:
+    """Every plan worth considering for the request's least context, each with what is expected of it."""
+    if request.workload.context is None and request.context > request.config.max_context:
         raise CapacityError(
-            f"{task.workload.prompt_tokens} prompt tokens and {task.workload.new_tokens} new ones: "
-            f"the model's context holds {task.config.max_context}; fewer tokens would work"
+            f"{request.workload.prompt_tokens} prompt tokens and {request.workload.new_tokens} new ones: "
+            f"the model's context holds {request.config.max_context}; fewer tokens would work"
         )
-    some = slice(None) if task.policy == "plan" else slice(1)
+    some = slice(None) if request.policy == "plan" else slice(1)
     plans = [
-        (option, _lay_out(task, option, task.context, chunk, scores, logits))
-        for option, chunk, scores, logits in itertools.product(
-            options, CHUNKS[some], SCORE_NODES[some], LOGIT_NODES[some]
+        (candidate, _lay_out(request, candidate, request.context, chunk, scores, logits))
+        for candidate, chunk, scores, logits in itertools.product(
+            offered, CHUNKS[some], SCORE_NODES[some], LOGIT_NODES[some]
         )
-        if logits is None or _nodes(option) > logits
+        if logits is None or _nodes(candidate) > logits
     ]
-    speeds = [_speed(plan, option, task, speed) for option, plan in plans]
+    speeds = [_speed(plan, candidate, request, speed) for candidate, plan in plans]
     alone = Candidate()
-    plain = max(_speed(_lay_out(task, alone, task.context, c), alone, task, speed) for c in CHUNKS[some])
+    plain = max(
+        _speed(_lay_out(request, alone, request.context, c), alone, request, speed) for c in CHUNKS[some]
+    )
     return [
         dataclasses.replace(
             plan,
             expected=Expected(
                 tokens_per_second=rate,
                 vanilla_tokens_per_second=plain,
-                accepted_length=option.expected_acceptance.accepted_length,
+                accepted_length=candidate.expected_acceptance.accepted_length,
                 speed_source=speed.source,
-                acceptance_source=option.expected_acceptance.source,
-                cache_source=task.cache_source,
+                acceptance_source=candidate.expected_acceptance.source,
+                cache_source=request.cache_source,
             ),
         )
-        for (option, plan), rate in zip(plans, speeds, strict=True)
+        for (candidate, plan), rate in zip(plans, speeds, strict=True)
     ]
 
 
@@ -101,7 +103,7 @@ def bounds(plans: Sequence[MemoryPlan], memory: int) -> Bounds:
     """The bounds that `candidates` of one workload give on a device of ``memory`` bytes."""
     most = best_within(plans, memory) or best_within(plans, max(plan.peak_bytes for plan in plans))
     assert most is not None
-    fast = [plan.peak_bytes for plan in plans if _rate(plan) >= KEPT * _rate(most)]
+    fast = [plan.peak_bytes for plan in plans if _rate(plan) >= KEPT_THROUGHPUT * _rate(most)]
     drafting = [plan.peak_bytes for plan in plans if plan.drafter is not None]
     return Bounds(
         lower_bound=min(fast),
@@ -117,23 +119,24 @@ def best_within(plans: Sequence[MemoryPlan], budget: int) -> MemoryPlan | None:
 
 
 def search(
-    task: PlanRequest, options: Sequence[Candidate], speed: SpeedModel, budget: int | None = None
+    request: PlanRequest, offered: Sequence[Candidate], speed: SpeedModel, budget: int | None = None
 ) -> MemoryPlan:
     """The plan of most expected tokens a second whose peak fits ``budget`` bytes a device (None: its memory).
 
-    A context that was asked for is kept; an open one is the largest that fits, for the drafter and shapes
-    that are best at the least. A batch that was left open is the fastest of `BATCHES` that fits. Raises
-    BudgetError, with the least budget and the nearest plan.
+    A context that was asked for is kept; an open one becomes the largest that fits with the drafter and
+    shapes that are best at the least, and the plan is the one for that context. A batch that was left open
+    is the fastest of `BATCH_CHOICES` that fits. Raises BudgetError, with the least budget and the nearest
+    plan.
     """
-    if task.workload.batch is None:
-        return _search_batch(task, options, speed, budget)
-    memory = task.device.memory_bytes
-    plans = candidates(task, options, speed)
+    if request.workload.batch is None:
+        return _search_batch(request, offered, speed, budget)
+    memory = request.device.memory_bytes
+    plans = candidates(request, offered, speed)
     found = bounds(plans, memory)
     if budget is not None and budget > memory:
         raise BudgetError(
-            f"memory_budget {_size(budget)} is more than {task.device.name} has ({_size(memory)}); a budget "
-            f"from {found.least_budget} bytes ({_size(found.least_budget)}) up to that would work",
+            f"memory_budget {_size(budget)} is more than {request.device.name} has ({_size(memory)}); "
+            f"a budget from {found.least_budget} bytes ({_size(found.least_budget)}) up to that would work",
             least_budget=found.least_budget,
             least_speculative_budget=found.least_speculative_budget,
         )
@@ -141,41 +144,43 @@ def search(
     best = best_within(plans, limit)
     if best is None:
         nearest = min(plans, key=lambda plan: plan.peak_bytes)
-        raise _too_small(task, limit, budget is None, dataclasses.replace(nearest, bounds=found))
-    if task.workload.context is None:
-        best = _with_largest_context(best, limit)
+        raise _too_small(request, limit, budget is None, dataclasses.replace(nearest, bounds=found))
+    if request.workload.context is None:
+        # The choice is made anew: what is fastest depends on how many slots a step reads.
+        widest = _largest_context(best, limit)
+        return search(_with_workload(request, context=widest), offered, speed, budget)
     return dataclasses.replace(best, bounds=found)
 
 
 def _search_batch(
-    task: PlanRequest, options: Sequence[Candidate], speed: SpeedModel, budget: int | None
+    request: PlanRequest, offered: Sequence[Candidate], speed: SpeedModel, budget: int | None
 ) -> MemoryPlan:
-    """The plan for the batch of most tokens a second in all; more rows only where they are `FASTER`."""
-    best = search(_with_batch(task, 1), options, speed, budget)
-    for batch in BATCHES[1:]:
+    """The plan for the batch of most tokens a second in all; more rows only for `MIN_BATCH_GAIN`."""
+    best = search(_with_workload(request, batch=1), offered, speed, budget)
+    for batch in BATCH_CHOICES[1:]:
         try:
-            found = search(_with_batch(task, batch), options, speed, budget)
+            found = search(_with_workload(request, batch=batch), offered, speed, budget)
         except BudgetError:
             break
-        if _rate(found) > FASTER * _rate(best):
+        if _rate(found) > MIN_BATCH_GAIN * _rate(best):
             best = found
-    limit = task.device.memory_bytes if budget is None else budget
+    limit = request.device.memory_bytes if budget is None else budget
     assert best.bounds is not None
     return dataclasses.replace(
-        best, bounds=dataclasses.replace(best.bounds, most_rows=_most_rows(task, limit))
+        best, bounds=dataclasses.replace(best.bounds, most_rows=_most_rows(request, limit))
     )
 
 
-def _with_batch(task: PlanRequest, batch: int) -> PlanRequest:
-    return dataclasses.replace(task, workload=dataclasses.replace(task.workload, batch=batch))
+def _with_workload(request: PlanRequest, **changes: int) -> PlanRequest:
+    return dataclasses.replace(request, workload=dataclasses.replace(request.workload, **changes))
 
 
-def _most_rows(task: PlanRequest, limit: int) -> int:
+def _most_rows(request: PlanRequest, limit: int) -> int:
     """The largest batch that fits ``limit`` bytes with the least context and plain decoding."""
 
     def fits(batch: int) -> bool:
-        sized, lean = _with_batch(task, batch), CHUNKS[-1]
-        return _lay_out(sized, Candidate(), task.context, lean, SCORE_NODES[-1]).peak_bytes <= limit
+        sized, lean = _with_workload(request, batch=batch), CHUNKS[-1]
+        return _lay_out(sized, Candidate(), request.context, lean, SCORE_NODES[-1]).peak_bytes <= limit
 
     low, high = 1, 2
     while fits(high):
@@ -195,58 +200,58 @@ def frontier(plans: Sequence[MemoryPlan]) -> list[MemoryPlan]:
     return kept
 
 
-def _nodes(option: Candidate) -> int:
-    return 1 if option.drafter is None else option.drafter.num_nodes
+def _nodes(candidate: Candidate) -> int:
+    return 1 if candidate.drafter is None else candidate.drafter.num_nodes
 
 
 def _lay_out(
-    task: PlanRequest,
-    option: Candidate,
+    request: PlanRequest,
+    candidate: Candidate,
     context: int,
     chunks: tuple[int, ...],
     score_nodes: int | None = None,
     logit_nodes: int | None = None,
 ) -> MemoryPlan:
-    B = task.workload.rows
-    groups = groups_for(task.workload.lengths, B, context) if task.policy == "plan" else ()
+    B = request.workload.rows
+    groups = groups_for(request.workload.lengths, B, context) if request.policy == "plan" else ()
     return lay_out(
-        task.config,
-        dtype=task.dtype,
-        platform=task.platform,
+        request.config,
+        dtype=request.dtype,
+        platform=request.platform,
         batch=B,
         context=context,
-        drafter=option.drafter,
+        drafter=candidate.drafter,
         chunks=chunks,
         score_nodes=score_nodes,
         logit_nodes=logit_nodes,
-        shards=task.shards,
-        policy=task.policy,
-        device=task.device,
-        workload=task.workload,
-        kv_dtype=task.kv_dtype,
+        shards=request.shards,
+        policy=request.policy,
+        device=request.device,
+        workload=request.workload,
+        kv_dtype=request.kv_dtype,
         groups=groups,
-        scoring=task.scoring,
+        scoring=request.scoring,
     )
 
 
-def _speed(plan: MemoryPlan, option: Candidate, task: PlanRequest, speed: SpeedModel) -> float:
+def _speed(plan: MemoryPlan, candidate: Candidate, request: PlanRequest, speed: SpeedModel) -> float:
     """Expected new tokens a second of all rows, prefill counted."""
-    config, dtype, B, shards = task.config, task.dtype, task.workload.rows, task.shards
-    work = task.workload
+    config, dtype, B, shards = request.config, request.dtype, request.workload.rows, request.shards
+    work = request.workload
     slots = plan.capacity_for(min(work.prompt_tokens + work.new_tokens // 2, plan.context) + plan.slack)
     step = 0.0
-    for nodes, share in option.expected_acceptance.widths_of_batch(B):
+    for nodes, share in candidate.expected_acceptance.widths_of_batch(B):
         if share:
             step += share * speed.step_seconds(config, dtype, B, nodes, slots, shards)
             step += share * speed.draft_seconds(_rereading(plan, nodes, slots), dtype)
-    if option.drafter is not None:
+    if candidate.drafter is not None:
         item = jnp.dtype(dtype).itemsize
-        step += speed.draft_seconds(option.drafter.work(config, item, B, slots), dtype)
+        step += speed.draft_seconds(candidate.drafter.work(config, item, B, slots), dtype)
     chunk = plan.chunks[0]
     prefill = speed.prefill_seconds(config, dtype, work.prompt_tokens, chunk, shards)
     chunks = -(-work.prompt_tokens // chunk)
     prefill += chunks * speed.draft_seconds(_rereading(plan, chunk, work.prompt_tokens // 2, rows=1), dtype)
-    return tokens_per_second(work, step, option.expected_acceptance.accepted_length, B * prefill)
+    return tokens_per_second(work, step, candidate.expected_acceptance.accepted_length, B * prefill)
 
 
 def _rereading(plan: MemoryPlan, nodes: int, slots: int, rows: int | None = None) -> Cost:
@@ -263,32 +268,26 @@ def _rereading(plan: MemoryPlan, nodes: int, slots: int, rows: int | None = None
     return Cost(bytes=again / plan.shards)
 
 
-def _with_largest_context(plan: MemoryPlan, limit: int) -> MemoryPlan:
-    """The same choice with as much context as fits, in steps of `SLOTS`."""
+def _largest_context(plan: MemoryPlan, limit: int) -> int:
+    """The most context that fits with the same choice, in steps of `SLOTS`, and never less than it has."""
 
-    def at(context: int) -> MemoryPlan:
-        wider = plan.resized(plan.drafter, plan.batch, context)
-        return dataclasses.replace(wider, workload=plan.workload, expected=plan.expected)
+    def fits(context: int) -> bool:
+        return plan.resized(plan.drafter, plan.batch, context).peak_bytes <= limit
 
     low, high = plan.context, plan.config.max_context
-    best = plan
-    while low < high:  # the largest context that fits lies in low..high
-        middle = max(low + 1, (low + high + 1) // 2)
-        wider = at(middle)
-        if wider.peak_bytes <= limit:
-            low, best = middle, wider
-        else:
-            high = middle - 1
-    rounded = best.context // SLOTS * SLOTS
-    return at(rounded) if plan.context < rounded < plan.config.max_context else best
+    while low < high:  # it lies in low..high
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    rounded = low // SLOTS * SLOTS
+    return rounded if plan.context < rounded < plan.config.max_context else low
 
 
-def _too_small(task: PlanRequest, limit: int, whole_device: bool, nearest: MemoryPlan) -> BudgetError:
+def _too_small(request: PlanRequest, limit: int, whole_device: bool, nearest: MemoryPlan) -> BudgetError:
     assert nearest.bounds is not None
     terms = sorted(nearest.terms, key=lambda term: -term.bytes)[:4]
     largest = ", ".join(f"{term.name} {_size(term.bytes)}" for term in terms)
     reserve = f", runtime reserve {_size(nearest.reserve_bytes)}" if nearest.reserve_bytes else ""
-    asked = f"{task.device.name} has {_size(limit)}" if whole_device else f"memory_budget {_size(limit)}"
+    asked = f"{request.device.name} has {_size(limit)}" if whole_device else f"memory_budget {_size(limit)}"
     least = nearest.bounds.least_budget
     return BudgetError(
         f"{asked}, too small for context {nearest.context}, batch {nearest.batch}: {largest}{reserve}. "

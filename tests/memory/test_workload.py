@@ -13,7 +13,7 @@ from specmemo_jax.errors import BudgetError
 from specmemo_jax.memory.plan import lay_out
 from specmemo_jax.memory.workload import MOST_GROUPS, NARROWEST, STEP_ROOM, WORTH, Workload, groups_for
 from specmemo_jax.planning.profile import ExpectedAcceptance
-from specmemo_jax.planning.search import BATCHES, Candidate, PlanRequest, search
+from specmemo_jax.planning.search import BATCH_CHOICES, Candidate, PlanRequest, search
 from specmemo_jax.planning.speed import roofline
 from specmemo_jax.testing import TINY
 
@@ -68,7 +68,7 @@ def test_groups_make_a_plan_smaller():
 def test_the_batch_is_the_fastest_that_fits():
     speed = roofline(find_device("titan-rtx"))
     most = search(task(None), OPTIONS, speed)
-    assert most.batch in BATCHES
+    assert most.batch in BATCH_CHOICES
     assert most.batch > 8  # a step of a tiny model costs the same for many rows
     assert most.bounds is not None
     assert most.bounds.most_rows is not None

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specmemo_jax.devices.table import find_device
 from specmemo_jax.errors import BudgetError, CapacityError, ConfigError
 from specmemo_jax.planning.request import Planning, planning_for
-from specmemo_jax.planning.search import KEPT, best_within, candidates
+from specmemo_jax.planning.search import KEPT_THROUGHPUT, best_within, candidates
 
 SEVEN = "llama-2-7b-chat"
 
@@ -52,8 +53,9 @@ def test_the_least_budget_is_the_least(model, device, drafter, batch, context, p
         prompt_tokens=prompt,
         new_tokens=99,
     )
-    least = min(plan.peak_bytes for plan in planning.frontier())
-    memory = planning.task.device.memory_bytes
+    plans = candidates(planning.request, planning.offered, planning.speed)  # of the least context
+    least = min(plan.peak_bytes for plan in plans)
+    memory = planning.request.device.memory_bytes
     with pytest.raises(BudgetError, match="would work") as refused:
         planned(planning, least - 1)
     assert refused.value.least_budget == least
@@ -61,17 +63,20 @@ def test_the_least_budget_is_the_least(model, device, drafter, batch, context, p
         plan = planned(planning, least)
         assert plan.peak_bytes <= least
         assert bounds_of(plan).least_budget == least
-        assert plan.context >= planning.task.workload.tokens
+        assert plan.context >= planning.request.workload.tokens
 
 
 def test_the_lower_bound_keeps_the_speed():
     planning = request()
-    plans = candidates(planning.task, planning.options, planning.speed)
-    memory = planning.task.device.memory_bytes
+    plans = candidates(planning.request, planning.offered, planning.speed)
+    memory = planning.request.device.memory_bytes
     best, bounds = best_within(plans, memory), bounds_of(planning.plan())
     at, under = best_within(plans, bounds.lower_bound), best_within(plans, bounds.lower_bound - 1)
-    assert expected_of(at).tokens_per_second >= KEPT * expected_of(best).tokens_per_second
-    assert under is None or expected_of(under).tokens_per_second < KEPT * expected_of(best).tokens_per_second
+    assert expected_of(at).tokens_per_second >= KEPT_THROUGHPUT * expected_of(best).tokens_per_second
+    assert (
+        under is None
+        or expected_of(under).tokens_per_second < KEPT_THROUGHPUT * expected_of(best).tokens_per_second
+    )
     assert bounds.least_speculative_budget is not None
     assert bounds.least_budget <= bounds.least_speculative_budget <= bounds.lower_bound <= memory
 
@@ -87,21 +92,61 @@ def test_a_smaller_budget_gives_a_smaller_plan_of_the_same_context():
 
 def test_an_open_context_is_the_largest_that_fits():
     planning = request(context=None, prompt_tokens=100, new_tokens=100)
-    budget = bounds_of(planning.plan()).lower_bound + 2**28
+    plans = candidates(planning.request, planning.offered, planning.speed)
+    budget = min(plan.peak_bytes for plan in plans) + 2**28
     plan = planned(planning, budget)
     assert plan.peak_bytes <= budget
     assert 200 < plan.context < 4096
     wider = dataclasses.replace(
-        planning, task=dataclasses.replace(planning.task, workload=dataclasses.replace(
-            planning.task.workload, context=plan.context + 128))
+        planning, request=dataclasses.replace(planning.request, workload=dataclasses.replace(
+            planning.request.workload, context=plan.context + 128))
     )  # fmt: skip
-    options = [option for option in planning.options if option.drafter == plan.drafter]
+    options = [option for option in planning.offered if option.drafter == plan.drafter]
     fits = [
-        p for p in candidates(wider.task, options, wider.speed)
+        p for p in candidates(wider.request, options, wider.speed)
         if (p.chunks, p.score_nodes, p.logit_nodes) == (plan.chunks, plan.score_nodes, plan.logit_nodes)
         and p.peak_bytes <= budget
     ]  # fmt: skip
     assert not fits
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    model=st.sampled_from(["smollm2-135m-instruct", "llama-3.2-1b-instruct", SEVEN]),
+    device=st.sampled_from(["titan-rtx", "rtx-4090", "t4", "a100-80", "h100", "mi250-gcd"]),
+    drafter=st.sampled_from(["auto", "ngram", "none", "self:2"]),
+    batch=st.sampled_from([None, 1, 2, 4, 10, 32]),
+    share=st.floats(0.4, 1),
+    prompt=st.sampled_from([None, 30, 500]),
+)
+def test_plan_with_an_open_context_is_the_plan_for_the_one_it_chose(
+    model, device, drafter, batch, share, prompt
+):
+    budget = int(find_device(device).memory_bytes * share)
+    fields = {"device": device, "drafter": drafter, "prompt_tokens": prompt, "memory_budget": budget}
+    open_ = planning_for(model, batch=batch, **fields)
+    try:
+        chosen = open_.plan()
+    except BudgetError:
+        return
+    work = open_.request.workload
+    fields |= {"prompt_tokens": work.prompt_tokens, "new_tokens": work.new_tokens}
+    told = planning_for(model, batch=chosen.batch, context=chosen.context, **fields)
+    same = told.plan()
+    if batch is None:
+        same = dataclasses.replace(same, bounds=chosen.bounds)  # which tell the most rows, too
+    assert chosen == same
+    assert [plan.expected for plan in open_.frontier()] == [plan.expected for plan in told.frontier()]
+    best = [plan for plan in told.frontier() if plan.peak_bytes <= budget][-1]
+    assert (best.peak_bytes, best.expected) == (chosen.peak_bytes, chosen.expected)
+
+
+def test_plan_of_four_rows_on_an_rtx_4090_has_one_speed():
+    open_, told = (
+        planning_for(SEVEN, device="rtx-4090", batch=4, context=context).plan() for context in (None, 4096)
+    )
+    assert open_ == told
+    assert open_.context == 4096
 
 
 def test_the_frontier_rises():

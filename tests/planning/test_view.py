@@ -73,7 +73,7 @@ def test_text_says_where_numbers_come_from(plan):
 
 def test_plain_decoding_is_not_compared_with_itself():
     searched = planning()
-    plain = dataclasses.replace(searched, options=searched.options[:1]).plan()
+    plain = dataclasses.replace(searched, offered=searched.offered[:1]).plan()
     text = as_text(plain, "tiny")
     assert "none (plain decoding)" in text
     assert "without a drafter" not in text
