@@ -43,6 +43,17 @@ def add(extras: tuple[str, ...]) -> bool:
     return True
 
 
+def add_wheels(*arguments: str) -> bool:
+    """Install packages into .venv beside the project's own, where the package index has them; says so where
+    it has not.
+    """
+    command = [PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "-qq", *arguments]
+    done = subprocess.run(command, env={**os.environ, "PIP_USER": "0"}, check=False)
+    if done.returncode:
+        print(f"pip could not install {' '.join(arguments)}; going on without", file=sys.stderr, flush=True)
+    return not done.returncode
+
+
 def _version() -> str:
     """The version of the interpreter in .venv; empty when there is none that runs and is new enough."""
     if not PYTHON.exists():

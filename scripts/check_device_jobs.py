@@ -36,7 +36,8 @@ from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.packing import Target, pack
 from specmemo_jax.measure.timing import part_filled
 from specmemo_jax.memory.plan import make_plan
-from specmemo_jax.serve.serve import Job, device_sampling, pad_bad_words, serve
+from specmemo_jax.serve.requests import device_sampling, pad_bad_words
+from specmemo_jax.serve.serve import Job, serve
 from specmemo_jax.testing import whole_logits
 
 PROMPTS = Path(__file__).parent / "data" / "quickstart_prompts.jsonl"

@@ -1,28 +1,57 @@
-"""Set up .venv if needed and run the tests: python3 scripts/test.py [--lint] [pytest arguments]"""
+"""Set up .venv if needed and run the tests: python3 scripts/test.py [pytest arguments]."""
 
 import argparse
 import os
 import subprocess
 import sys
 
-from _bootstrap import ROOT, add, enter
+from _bootstrap import ROOT, add, add_wheels, enter
 
 LINTERS = (["ruff", "check"], ["ruff", "format", "--check"], ["pyright", "--pythonpath", sys.executable])
 
 
+# What a thorough run asks again, with programs as a user runs them, and what was skipped before.
+THOROUGH = (
+    "tests/engine", "tests/decode", "tests/serve", "tests/llama", "tests/test_reference.py",
+    "tests/devices/test_described.py", "tests/planning/test_view.py",
+)  # fmt: skip
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [--lint] [pytest arguments]")
+    usage = "%(prog)s [--lint] [--thorough] [pytest arguments]"
+    parser = argparse.ArgumentParser(description=__doc__, usage=usage)
     parser.add_argument("--lint", action="store_true", help="lint, formatting and types before the tests")
     parser.add_argument("--lint-only", action="store_true", help="lint, formatting and types alone")
+    parser.add_argument(
+        "--thorough",
+        action="store_true",
+        help="optimised programs, all reference answers, and the tests that want more packages (some 1 GB)",
+    )
     options, pytest_arguments = parser.parse_known_args()
     enter(extras=("dev",))
     add(("ray", "eval"))  # heavy, and from an index that may lack them: their tests are skipped then
     failed = 0
+    if options.thorough:
+        _thorough_packages()
+        os.environ["SPECMEMO_TEST_THOROUGH"] = "1"
     if options.lint or options.lint_only:
         failed = sum(_run(*linter) for linter in LINTERS)
     if not options.lint_only:
-        failed += _run("pytest", *(pytest_arguments or _in_parallel()))
+        chosen = pytest_arguments or [*_in_parallel(), *(THOROUGH if options.thorough else ())]
+        failed += _run("pytest", *chosen)
     return int(failed > 0)
+
+
+def _thorough_packages() -> None:
+    """What some tests are skipped without: torch as the reference, plots, and JAX's CUDA plugin, which
+    describes GPUs that are not here.
+    """
+    from importlib.metadata import version
+
+    jax = version("jax")
+    add(("plot",))
+    add_wheels("torch==2.13.0")
+    add_wheels("--no-deps", f"jax-cuda12-pjrt=={jax}", f"jax-cuda12-plugin=={jax}")
 
 
 def _in_parallel() -> list[str]:

@@ -44,6 +44,10 @@ class CheckpointWarning(SpecMemoWarning):
     """A checkpoint whose parts contradict each other: what was made of it."""
 
 
+class CacheWarning(SpecMemoWarning):
+    """Something that would be kept for the next start cannot be."""
+
+
 class CapacityWarning(SpecMemoWarning):
     """The device had less memory than planned: what was given up so that generation could go on."""
 

@@ -13,11 +13,13 @@ from specmemo_jax.batch import BatchSummary, run_batch
 from specmemo_jax.checkpoints.open import open_model
 from specmemo_jax.checkpoints.tokenizer import Tokenizer
 from specmemo_jax.devices.allocator import check_allocator, limit_allocator
-from specmemo_jax.devices.compiler import enable_compilation_cache
+from specmemo_jax.devices.compiler import compilation_folder, enable_compilation_cache
+from specmemo_jax.devices.quiet import live_devices
 from specmemo_jax.devices.table import live_device
 from specmemo_jax.draft import Drafter, default_shape, is_model_name
 from specmemo_jax.draft.load import open_draft_model
 from specmemo_jax.engine.engine import Engine
+from specmemo_jax.engine.executables import ExecutableStore
 from specmemo_jax.engine.program_cache import ProgramCache
 from specmemo_jax.engine.programs import Programs, tuning_bytes
 from specmemo_jax.engine.request import Request
@@ -39,7 +41,14 @@ from specmemo_jax.planning.request import (
 from specmemo_jax.planning.search import PlanRequest, search
 from specmemo_jax.serve.outputs import RequestOutput
 from specmemo_jax.serve.params import SamplingParams
-from specmemo_jax.serve.serve import Job, TextStream, device_sampling, pad_bad_words, serve
+from specmemo_jax.serve.requests import (
+    checked_ids,
+    checked_stop_ids,
+    device_sampling,
+    most_new_tokens,
+    pad_bad_words,
+)
+from specmemo_jax.serve.serve import Job, TextStream, serve
 from specmemo_jax.serve.text import AnswerText
 from specmemo_jax.serve.turn import Turn
 
@@ -139,12 +148,16 @@ class LLM:
         assert self.drafter is None or isinstance(self.drafter, Drafter)
         needed = self.plan.peak_bytes - spec.reserve_bytes
         limit_allocator(needed, spec)
-        device = jax.devices()[0]
+        device = live_devices()[0]
         pool = check_allocator(needed, [device])
-        enable_compilation_cache(compilation_cache)
         self._seeds, self._turn = np.random.default_rng(seed), Turn()
         shapes = abstract_target(self.config, jnp.dtype(chosen), device.platform)
-        compiled = ProgramCache(Programs(shapes, self.drafter, self.plan))
+        folder = compilation_folder(compilation_cache)
+        store = ExecutableStore.in_folder(folder, shapes, self.drafter, self.plan)
+        if store is None:  # else every program is kept whole, and JAX would keep it once more
+            enable_compilation_cache(compilation_cache)
+        compiled = ProgramCache(Programs(shapes, self.drafter, self.plan), store)
+        compiled.fetch_recent()
         if pool is not None and pool - needed < tuning_bytes(shapes):
             compiled.fill()  # now, while the weights' room is free to try kernels in
         self.target: Target = pack(self.config, opened.tensors(), jnp.dtype(chosen), device)
@@ -333,14 +346,10 @@ class LLM:
         """One prompt, checked, as `run_jobs` takes it; ``place`` names it in errors and is its id."""
         self._turn.check()
         ids = self.prompt_ids(prompt, place)
-        for token in params.stop_token_ids or ():
-            if token >= self.config.vocab_size:
-                most = self.config.vocab_size - 1
-                raise RequestError(f"stop_token_ids holds {token}; ids from 0 to {most} would work")
         request = Request(
             prompt=ids,
-            max_tokens=self._max_tokens(ids, params, place),
-            stop_ids=params.end_ids(self.eos_ids),
+            max_tokens=most_new_tokens(ids, params, self.plan, place),
+            stop_ids=checked_stop_ids(params, self.eos_ids, self.config.vocab_size),
             sampling=None if params.is_plain else self._sampling(ids, params),
         )
         if params.stop:
@@ -355,12 +364,6 @@ class LLM:
         words: list[list[int]] = []
         if params.bad_words:
             words = self.need_tokenizer("bad_words").bad_word_ids(tuple(params.bad_words))
-        most, longest = self.plan.max_bad_words
-        if len(words) > most or any(len(word) > longest for word in words):
-            raise RequestError(
-                f"bad_words make {len(words)} token sequences, the longest of {max(map(len, words))}; "
-                f"at most {most} of at most {longest} tokens work"
-            )
         seed = params.seed or 0
         if params.seed is None and not params.is_greedy:
             seed = int(self._seeds.integers(2**63))
@@ -382,24 +385,4 @@ class LLM:
             raise RequestError(
                 f"prompt {place} is {type(prompt).__name__}; a string or a list of token ids works"
             )
-        if not ids:
-            raise RequestError(f"prompt {place} is empty: at least one token is needed")
-        for token in ids:
-            integer = isinstance(token, int) and not isinstance(token, bool)
-            if not integer or not 0 <= token < self.config.vocab_size:
-                raise RequestError(
-                    f"prompt {place} holds {token!r}; "
-                    f"token ids are integers from 0 to {self.config.vocab_size - 1}"
-                )
-        return ids
-
-    def _max_tokens(self, prompt: Sequence[int], params: SamplingParams, place: int) -> int:
-        context = self.plan.context
-        wanted = max(1, params.min_tokens) if params.max_tokens is None else params.max_tokens
-        if len(prompt) + wanted > context:
-            raise RequestError(
-                f"prompt {place} has {len(prompt)} tokens and may grow by {wanted}, "
-                f"the context holds {context}: shorten it, lower max_tokens"
-                + (" or raise max_context" if context < self.config.max_context else "")
-            )
-        return context - len(prompt) if params.max_tokens is None else params.max_tokens
+        return checked_ids(ids, self.config.vocab_size, place)

@@ -15,9 +15,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**32),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
+# `python3 scripts/test.py --thorough`: programs as a user runs them, all reference rows, and nothing skipped.
+THOROUGH = os.environ.get("SPECMEMO_TEST_THOROUGH") == "1"
 # The suite's time is compiling: LLVM optimises nothing, here and in the processes that tests start. XLA has
 # fused operations and assigned buffers before; see `optimized_programs`.
-if os.environ["JAX_PLATFORMS"] == "cpu" and "optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+_OWN_LEVEL = "optimization_level" in os.environ.get("XLA_FLAGS", "")
+if os.environ["JAX_PLATFORMS"] == "cpu" and not _OWN_LEVEL and not THOROUGH:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
@@ -33,6 +36,22 @@ from rooms import CHECKED
 install_import_hook([f"specmemo_jax.{room}" for room in CHECKED], "beartype.beartype")
 
 from specmemo_jax.devices.compiler import compiler_options
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say what was skipped, and how to run it."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = sorted({str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped})
+    if skipped:
+        how = "none may be in a thorough run" if THOROUGH else "python3 scripts/test.py --thorough runs them"
+        terminalreporter.write_line(f"{len(skipped)} tests skipped ({'; '.join(reasons)}): {how}")
+
+
+def pytest_sessionfinish(session):
+    """A thorough run skips nothing that it could have run."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if THOROUGH and reporter is not None and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="module")

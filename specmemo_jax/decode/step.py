@@ -236,6 +236,14 @@ def restore(
     return dataclasses.replace(state, rows=restored), None
 
 
+def end(
+    leaves: tuple[Array, ...], weights: Any, state: EngineState, row: Int[Array, ""]
+) -> tuple[EngineState, None]:
+    """The row emits nothing more."""
+    done = state.rows.done.at[row].set(True)
+    return dataclasses.replace(state, rows=dataclasses.replace(state.rows, done=done)), None
+
+
 def move(
     drafter: Drafter | None,
     platform: str,

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 _SKIP_CHECK = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
 # What the plugin's libraries print while they load where there is no driver, before their logging can be set.
@@ -31,6 +32,18 @@ def quiet_plugins() -> Iterator[None]:
     finally:
         if found is None:
             os.environ.pop(_SKIP_CHECK, None)
+
+
+def live_devices() -> list[Any]:
+    """`jax.devices()`, whose first call starts JAX's backends, plugins included."""
+    import jax
+
+    from specmemo_jax.devices.probe import backend_started
+
+    if backend_started():
+        return jax.devices()
+    with quiet_plugins():
+        return jax.devices()
 
 
 def gpu_is_visible() -> bool:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from specmemo_jax.devices.host import available_memory
 from specmemo_jax.devices.probe import backend_started, find_gpus, jax_platform
+from specmemo_jax.devices.quiet import live_devices
 from specmemo_jax.errors import ConfigError
 
 Platform = Literal["cpu", "cuda", "rocm"]
@@ -150,9 +151,7 @@ def live_device(device: Device | None = None) -> DeviceSpec:
         tool = "nvidia-smi" if platform == "cuda" else "amdgpu"
         return _live_gpu(gpu.name, platform, gpu.capability, gpu.total_bytes, gpu.free_bytes, tool)
     if device is None:
-        import jax
-
-        first: Device = jax.devices()[0]  # pyright: ignore[reportAssignmentType]
+        first: Device = live_devices()[0]
     else:
         first = device
     if first.platform == "cpu":

@@ -13,7 +13,7 @@ from specmemo_jax.decode.step import EngineState
 from specmemo_jax.draft.protocol import Drafter
 from specmemo_jax.engine.adaptive import TreeChooser
 from specmemo_jax.engine.placement import Placement
-from specmemo_jax.engine.program_cache import Kind, ProgramCache
+from specmemo_jax.engine.program_cache import Key, Kind, ProgramCache
 from specmemo_jax.engine.programs import Programs
 from specmemo_jax.engine.reading import chunk_of, chunk_starts, observe, prefill, restore, settings_of
 from specmemo_jax.engine.request import Request, common_prefix
@@ -293,18 +293,21 @@ class Engine:
             *(("step", nodes, sampled, 0) for nodes in trees for sampled in kinds),
             *(("prefill", width, sampled, row) for width, sampled in widths for row in rows),
         }
-        nothing = settings_of(Request([0], 1), self.plan)
-        for kind, width, sampled, row in sorted(wanted):
-            key = (kind, width, sampled, self.placement.group_of(row))
-            if (key[0], self.capacity, *key[1:]) in self.runner.programs:
-                continue
-            if kind == "prefill" and any(self.placement.kept):
-                continue  # running it would overwrite what a chat keeps in row 0
-            inputs = () if kind == "step" else (*chunk_of([0], width, 0, row), nothing)
-            self.runner.run(self.runner.program(*key), *inputs)
-        jax.block_until_ready(self.runner.state)
+        programs, capacity = self.runner.programs, self.capacity
         most = max(s.num_prompt + s.max_tokens for s in requests)
-        later = min(self.runner.capacity_for(most), 2 * self.capacity)
-        for sampled in kinds:
-            for nodes in trees:
-                self.step_program(later, sampled, nodes)
+        later = min(self.runner.capacity_for(most), 2 * capacity)
+        now: dict[Key, int] = {
+            (kind, capacity, width, sampled, self.placement.group_of(row)): row
+            for kind, width, sampled, row in sorted(wanted)
+        }
+        new = {key: row for key, row in now.items() if key not in programs}
+        programs.get_all(
+            [*new, *(("step", later, nodes, sampled, 0) for sampled in kinds for nodes in trees)]
+        )
+        nothing = settings_of(Request([0], 1), self.plan)
+        for key, row in new.items():
+            if key[0] == "step":
+                self.runner.run(programs.get(*key))
+            elif not any(self.placement.kept):  # or it would overwrite what a chat keeps
+                self.runner.run(programs.get(*key), *chunk_of([0], key[2], 0, row), nothing)
+        jax.block_until_ready(self.runner.state)

@@ -18,6 +18,7 @@ from specmemo_jax.decode.step import (
     Chunking,
     EngineState,
     catch_up,
+    end,
     move,
     prefill_chunk,
     restore,
@@ -111,6 +112,17 @@ class Programs:
         of_a_row = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (history.seen, history.recent))
         inputs = (_scalar(), _scalar(), _scalar(), self._settings(), *of_a_row)
         return self._lower(restore, capacity, inputs=inputs)
+
+    def end(self, capacity: int) -> jax.stages.Lowered:
+        """Letting a row emit nothing more: ``f(..., row) -> state, None``."""
+        return self._lower(end, capacity, inputs=(_scalar(),))
+
+    def empty(self, capacity: int) -> jax.stages.Lowered:
+        """`empty_state` as a program without arguments: ``f() -> state``."""
+        shardings = None
+        if self.mesh is not None:
+            shardings = state_shardings(self.mesh, self.abstract_state(capacity))
+        return jax.jit(lambda: self.empty_state(capacity), out_shardings=shardings).lower()
 
     @property
     def _kv_dtype(self) -> jnp.dtype:

@@ -69,9 +69,7 @@ class Runner:
     def end(self, row: int) -> None:
         """The row emits nothing more."""
         if self.state is not None:
-            rows = self.state.rows
-            rows = dataclasses.replace(rows, done=rows.done.at[row].set(True))
-            self.state = dataclasses.replace(self.state, rows=rows)
+            self.run(self.program("end"), np.int32(row))
 
     def capacity_for(self, tokens: int) -> int:
         """Slots a row of so many tokens needs: the smallest planned capacity, and never less than now."""
@@ -84,7 +82,7 @@ class Runner:
         """
         capacity = self.capacity_for(tokens)
         if self.state is None:
-            self.state = self.lowering.empty_state(capacity)
+            self.state = self.program("empty state", capacity=capacity)()
             return True
         if capacity > self.capacity:
             state, self.state = self.state, None

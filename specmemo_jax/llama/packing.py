@@ -5,6 +5,7 @@ the same input are one matrix, so that a layer takes four matrix products and no
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from specmemo_jax.devices.quiet import live_devices
 from specmemo_jax.devices.table import Device
 from specmemo_jax.errors import WeightsError
 from specmemo_jax.llama.config import LlamaConfig
@@ -63,6 +65,7 @@ def packed_name(name: str) -> tuple[str, int]:
     return ".".join([*scope, whole, kind]), FUSED[whole].index(module)
 
 
+@functools.lru_cache(16)
 def abstract_model(
     config: LlamaConfig, dtype: jnp.dtype, shards: int = 1, platform: str = "cpu"
 ) -> tuple[Any, Any, dict[str, jax.ShapeDtypeStruct]]:
@@ -97,8 +100,8 @@ def pack(
     Raises WeightsError for a tensor that is unknown, repeated, missing or of another shape.
     """
     dtype = jnp.dtype(dtype)
-    device = device or jax.devices()[0]
-    graph, tree, shapes = abstract_model(config, dtype, shards, device.platform)
+    chosen: Device = device or live_devices()[0]
+    graph, tree, shapes = abstract_model(config, dtype, shards, chosen.platform)
     expected = config.tensor_shapes()
     parts: dict[str, dict[int, np.ndarray]] = {}
     packed: dict[str, jax.Array] = {}
@@ -118,12 +121,12 @@ def pack(
         if sum(part.shape[0] for part in parts[key].values()) == shapes[key].shape[0]:
             ready = parts.pop(key)
             host = ready[0] if len(ready) == 1 else _fuse([ready[i] for i in sorted(ready)], shards)
-            packed[key] = jax.device_put(host, device, may_alias=False)
+            packed[key] = jax.device_put(host, chosen, may_alias=False)
     missing = sorted(expected.keys() - seen)
     if missing:
         raise WeightsError(f"{len(missing)} tensors are missing, the first is {missing[0]!r}")
     leaves = tuple(packed[name] for name in shapes)
-    return Target(config, dtype, device.platform, leaves, graph, tree)
+    return Target(config, dtype, chosen.platform, leaves, graph, tree)
 
 
 def abstract_target(config: LlamaConfig, dtype: jnp.dtype, platform: str, shards: int = 1) -> Target:

@@ -8,10 +8,10 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
 from specmemo_jax.checkpoints.open import OpenModel, open_model
+from specmemo_jax.devices.quiet import live_devices
 from specmemo_jax.devices.table import default_dtype, live_device
 from specmemo_jax.draft import Drafter, NgramDrafter, default_shape, is_model_name, make_drafter
 from specmemo_jax.draft.load import open_draft_model
@@ -43,7 +43,7 @@ class Setup:
     def fingerprint(self) -> Fingerprint:
         """Of this device, model, dtype and the installed versions."""
         return fingerprint_on(
-            live_device(jax.devices()[0]), self.opened.name, self.opened.config, self.target.dtype.name
+            live_device(live_devices()[0]), self.opened.name, self.opened.config, self.target.dtype.name
         )
 
 
@@ -51,7 +51,7 @@ def open_setup(
     model: str | Path, dtype: str = "auto", drafter: str | None = "auto", tree_nodes: int | None = None
 ) -> Setup:
     """Load what `LLM` would load for these names. Raises as it does."""
-    opened, device = open_model(model), jax.devices()[0]
+    opened, device = open_model(model), live_devices()[0]
     chosen = jnp.dtype(default_dtype(device) if dtype == "auto" else dtype)
     if is_model_name(drafter):
         shape = default_shape(tree_nodes, device.platform)

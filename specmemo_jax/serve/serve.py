@@ -6,20 +6,14 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import islice
 
-import numpy as np
-
-from specmemo_jax.decode.sampling import Sampling
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.request import Request
 from specmemo_jax.engine.scheduler import Scheduler
 from specmemo_jax.errors import ClosedError
 from specmemo_jax.memory.footprint import BURST
-from specmemo_jax.memory.plan import MemoryPlan
 from specmemo_jax.serve.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from specmemo_jax.serve.params import SamplingParams
 from specmemo_jax.serve.text import AnswerText
-
-LARGEST = float(np.finfo(np.float32).max)  # a temperature, at which all tokens are as likely
 
 
 @dataclasses.dataclass
@@ -161,33 +155,6 @@ class TextStream:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-def device_sampling(
-    params: SamplingParams, prompt: Sequence[int], seed: int, bad_words: np.ndarray
-) -> Sampling:
-    """What a row's device settings are for ``params``: host scalars, and ``bad_words`` ``[W, L]``."""
-    greedy = params.is_greedy
-    return Sampling(
-        temperature=np.float32(0 if greedy else min(params.temperature, LARGEST)),
-        top_p=np.float32(1 if greedy else params.top_p),
-        top_k=np.int32(min(params.top_k, 2**31 - 1) if params.top_k > 0 and not greedy else 2**31 - 1),
-        min_p=np.float32(0 if greedy else params.min_p),
-        repetition=np.float32(params.repetition_penalty),
-        presence=np.float32(params.presence_penalty),
-        frequency=np.float32(params.frequency_penalty),
-        key=np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32),
-        min_length=np.int32(len(prompt) + params.min_tokens),
-        bad_words=bad_words,
-    )
-
-
-def pad_bad_words(words: Sequence[Sequence[int]], plan: MemoryPlan) -> np.ndarray:
-    """Token requests right-aligned in the plan's ``[W, L]``, padded with -1; they must fit."""
-    padded = np.full(plan.max_bad_words, -1, np.int32)
-    for row, word in zip(padded, words, strict=False):
-        row[-len(word) :] = word
-    return padded
 
 
 def _first(accepted_lengths: Sequence[int], tokens: int) -> tuple[int, ...]:

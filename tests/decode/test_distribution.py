@@ -23,7 +23,7 @@ from specmemo_jax.engine.request import Request
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.memory.plan import make_plan
 from specmemo_jax.serve.params import SamplingParams
-from specmemo_jax.serve.serve import device_sampling, pad_bad_words
+from specmemo_jax.serve.requests import device_sampling, pad_bad_words
 from specmemo_jax.testing import TINY, tiny_llama, whole_logits
 
 V = 11

@@ -19,7 +19,7 @@ from specmemo_jax.engine.runner import Runner
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.memory.plan import MAX_BAD_WORDS, lay_out
 from specmemo_jax.serve.params import SamplingParams
-from specmemo_jax.serve.serve import device_sampling
+from specmemo_jax.serve.requests import device_sampling
 from specmemo_jax.testing import TINY, tiny_llama
 
 PROMPTS = [np.random.default_rng(i).integers(0, 97, n).tolist() for i, n in enumerate((3, 17, 33, 40, 150))]

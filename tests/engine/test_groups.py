@@ -21,7 +21,8 @@ from specmemo_jax.llama.packing import pack
 from specmemo_jax.memory.plan import lay_out
 from specmemo_jax.planning.prove import lowerings
 from specmemo_jax.serve.params import SamplingParams
-from specmemo_jax.serve.serve import Job, device_sampling, pad_bad_words, serve
+from specmemo_jax.serve.requests import device_sampling, pad_bad_words
+from specmemo_jax.serve.serve import Job, serve
 from specmemo_jax.testing import TINY, tiny_llama
 
 TARGET = pack(TINY, iter(tiny_llama().items()), jnp.dtype("float32"))

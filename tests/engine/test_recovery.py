@@ -22,7 +22,7 @@ from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.memory.plan import POLICIES, lay_out, make_plan
 from specmemo_jax.mesh.axes import MODEL, model_mesh, sharding
-from specmemo_jax.serve.serve import device_sampling
+from specmemo_jax.serve.requests import device_sampling
 from specmemo_jax.testing import TINY, tiny_llama
 
 TARGET = pack(TINY, iter(tiny_llama().items()), jnp.dtype("float32"))
