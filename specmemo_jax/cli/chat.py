@@ -1,5 +1,7 @@
 """``specmemo chat``: a conversation in the terminal, or one turn a line through a pipe."""
 
+import sys
+
 from specmemo_jax.cli import options
 
 EPILOG = '''Examples:
@@ -58,6 +60,8 @@ def chat(
     from specmemo_jax.llm import LLM
 
     saved = None if load is None else read_chat(load)
+    if sys.stdin is not None and sys.stdin.isatty():
+        print(f"loading {model}; what is typed meanwhile is read then", file=sys.stderr, flush=True)
     with LLM(
         model,
         drafter=drafter,

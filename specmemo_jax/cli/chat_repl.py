@@ -1,13 +1,9 @@
 """The loop of ``specmemo chat``: commands, answers as they come, one line of figures after each."""
 
-import contextlib
 import dataclasses
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 
 from specmemo_jax.chat.session import ChatSession, ChatStream
 from specmemo_jax.chat.stats import ChatStats
@@ -15,7 +11,7 @@ from specmemo_jax.cli.chat_input import Reader, Said
 from specmemo_jax.cli.failures import describe
 from specmemo_jax.cli.streaming import _stripped
 from specmemo_jax.errors import RequestError, SpecMemoError
-from specmemo_jax.files.rows import Sink
+from specmemo_jax.files.rows import Sink, first_interrupt
 from specmemo_jax.serve.outputs import RequestOutput
 from specmemo_jax.serve.params import SamplingParams
 
@@ -119,7 +115,7 @@ class Repl:
             turns = "turn" if len(stream.dropped) == 1 else f"{len(stream.dropped)} turns"
             notice(f"[the context is full: the oldest {turns} dropped, from {first[:40]!r} on]")
         write = _stripped(self._sink.write_part)
-        with stream, _first_interrupt_stops(stream):
+        with stream, first_interrupt(stream.stop):  # the step that runs is kept, and its cache
             for piece in stream:
                 write(piece)
         if stream.output is None:
@@ -209,25 +205,3 @@ def notice(line: str) -> None:
     """A quiet line on standard error."""
     dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     print(f"\x1b[2m{line}\x1b[0m" if dim else line, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _first_interrupt_stops(stream: ChatStream) -> Iterator[None]:
-    """Ctrl-C ends the answer after the step that runs, which keeps the cache; a second one interrupts."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came = False
-
-    def note(signal_number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        if came:
-            raise KeyboardInterrupt
-        came = True
-        stream.stop()
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

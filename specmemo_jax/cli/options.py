@@ -324,6 +324,15 @@ PlanNewTokens = Annotated[
         "--new-tokens", metavar="N", help="Tokens of an answer; default: 128.", rich_help_panel=WORKLOAD
     ),
 ]
+PlanRequestTokens = Annotated[
+    str | None,
+    typer.Option(
+        "--request-tokens",
+        metavar="N,N,...",
+        help="Tokens, prompt and answer, of requests like those to come: rows then lie in groups.",
+        rich_help_panel=WORKLOAD,
+    ),
+]
 Prove = Annotated[
     bool,
     in_output(

@@ -53,6 +53,7 @@ def plan(
     context: options.PlanContext = None,
     prompt_tokens: options.PlanPromptTokens = None,
     new_tokens: options.PlanNewTokens = None,
+    request_tokens: options.PlanRequestTokens = None,
     drafter: options.Drafter = "auto",
     tree_nodes: options.PlanTreeNodes = None,
     dtype: options.PlanDtype = "auto",
@@ -81,6 +82,9 @@ def plan(
             "tree_nodes": _count("--tree-nodes", tree_nodes),
             "shards": _count("--mesh", mesh),
         }
+        lengths = [
+            count("--request-tokens", part.strip()) for part in (request_tokens or "").split(",") if part
+        ]
         if measured is not None and frontier is None:
             raise ConfigError("--measured is shown in a frontier; --frontier FILE.png, .svg or .csv works")
         with quiet_plugins():
@@ -99,6 +103,7 @@ def plan(
                 drafter=drafter,
                 memory_budget=memory_budget,
                 policy=policy,
+                request_tokens=lengths,
                 **numbers,  # pyright: ignore[reportArgumentType]
             )
             found = planning.plan()

@@ -137,7 +137,7 @@ class DraftModel(BeamDrafter):
         vector = (config.num_layers, 2, config.num_kv_heads, config.head_dim)
         weights = config.num_params
         return (
-            Buffer("draft weights", (weights,), self.dtype, weights * item),
+            Buffer("draft weights", (weights,), self.dtype, weights * item, "weights"),
             cache_buffer("draft KV", self._own(groups), vector, self.dtype, item),
             Buffer("draft unread", (B, 1 + self.levels), "int32", 4 * B * (1 + self.levels)),
         )

@@ -126,7 +126,8 @@ class ProgramCache:
 
     def fill(self) -> None:
         """Have all of the plan's programs now."""
-        self.get_all([key for _, key in plan_keys(self._programs)])
+        empty: list[Key] = [("empty state", S, 0, False, 0) for S in self._programs.plan.capacities]
+        self.get_all([*empty, *(key for _, key in plan_keys(self._programs))])
 
     def lowered(self, kind: Kind, capacity: int, width: int, sampled: bool, group: int) -> jax.stages.Lowered:
         """The program of a key, not compiled."""

@@ -6,7 +6,7 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -122,21 +122,30 @@ class Sink:
 @contextmanager
 def _interrupts_wait() -> Iterator[None]:
     """Put Ctrl-C off until the block is done; a second one ends a write that hangs."""
+    came: list[None] = []
+    with first_interrupt(lambda: came.append(None)):
+        yield
+    if came:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def first_interrupt(do: Callable[[], object]) -> Iterator[None]:
+    """At the first Ctrl-C ``do`` and go on; a second one interrupts. Only the main thread has them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came = False
 
-    def note(signal_number: int, frame: FrameType | None) -> None:
+    def handle(signal_number: int, frame: FrameType | None) -> None:
         nonlocal came
         if came:
             raise KeyboardInterrupt
         came = True
+        do()
 
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, handle)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt

@@ -147,7 +147,7 @@ def footprint(
             known = programs.get(program.name)
             programs[program.name] = program if known is None else max(known, program, key=lambda p: p.bytes)
     if len(groups.sizes) > 1:
-        programs["move"] = _move(config, shards)
+        programs["move"] = _move(config, shards, drafter, groups)
     kept_bytes = sum(buffer.bytes for buffer in buffers if buffer.name != WEIGHTS)
     return Footprint(buffers, tuple(_with_margin(p, kept_bytes) for p in programs.values()), reserve)
 
@@ -170,12 +170,10 @@ def _step(
     nodes, verify_buckets = (1, (1,)) if drafter is None else (drafter.num_nodes, drafter.verify_buckets)
     peaks = [live for width in verify_buckets for live in _verify(base, drafter, width, logit_nodes, policy)]
     if drafter is not None:
-        peaks += drafter.live_sets(dataclasses.replace(base, nodes=nodes, in_order=_is_chain(drafter)), None)
+        peaks += drafter.live_sets(
+            dataclasses.replace(base, nodes=nodes, in_order=drafter is None or drafter.is_chain), None
+        )
     return _program(f"step {nodes}", peaks, _results(base.config))
-
-
-def _is_chain(drafter: DraftCost | None) -> bool:
-    return drafter is None or bool(getattr(drafter, "is_chain", False))
 
 
 def _verify(
@@ -184,7 +182,7 @@ def _verify(
     """Live sets of verification: attention, products, the commit, and the logits by `Chunking`."""
     config, batch = base.config, base.rows
     depth = 0 if drafter is None else drafter.max_depth
-    verify = dataclasses.replace(base, nodes=nodes, in_order=_is_chain(drafter))
+    verify = dataclasses.replace(base, nodes=nodes, in_order=drafter is None or drafter.is_chain)
     kv_heads, D = verify.heads[1], config.head_dim
     item = 1 if base.quantized else base.itemsize
     length = D + FULL if base.quantized else D
@@ -200,8 +198,7 @@ def _verify(
         drawing = (*drawing, array("seen tokens of the branch", (2, batch, columns), FULL, "int32"))
     peaks += (*others, drawing)
     if policy == "unbounded" and drafter is not None:
-        leaves = getattr(drafter, "max_leaves", 1)
-        paths = array("logits by path", (batch, leaves, depth + 1, config.vocab_size), FULL)
+        paths = array("logits by path", (batch, drafter.max_leaves, depth + 1, config.vocab_size), FULL)
         peaks += [(*live, paths) for live in head(verify, batch * nodes, False, batch)]
     return peaks
 
@@ -238,10 +235,16 @@ def _score(base: ForwardShape, width: int) -> ProgramFootprint:
     return _program(f"score {width}", peaks, (inputs, *_results(base.config)))
 
 
-def _move(config: LlamaConfig, shards: int) -> ProgramFootprint:
-    """A row's copy between groups: the cache from buffer to buffer, the row's settings by way of copies."""
-    seen = array("seen tokens of a row", (-(-config.vocab_size // shards),), FULL, "int32")
-    return _program("move", [(seen,)], _results(config))
+def _move(config: LlamaConfig, shards: int, drafter: DraftCost | None, groups: Groups) -> ProgramFootprint:
+    """A row's copy between groups: caches from buffer to buffer, settings and the drafter's state by way
+    of a row's copy.
+    """
+    rows = [array("seen tokens of a row", (-(-config.vocab_size // shards),), FULL, "int32")]
+    for buffer in () if drafter is None else drafter.buffers(groups):
+        if buffer.kind == "state":
+            size = -(-buffer.bytes // groups.rows)
+            rows.append(Buffer(f"a row of {buffer.name}", buffer.shape[1:], buffer.dtype, size))
+    return _program("move", [tuple(rows)], _results(config))
 
 
 def weights(config: LlamaConfig, dtype: str, shards: int) -> Buffer:

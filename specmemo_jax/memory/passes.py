@@ -313,6 +313,16 @@ class DraftCost(Protocol):
         ...
 
     @property
+    def is_chain(self) -> bool:
+        """Every tree is one path in node order."""
+        ...
+
+    @property
+    def max_leaves(self) -> int:
+        """The most leaves a tree can have."""
+        ...
+
+    @property
     def verify_buckets(self) -> tuple[int, ...]:
         """Numbers of nodes that verification is compiled for, rising to ``num_nodes``."""
         ...

@@ -328,10 +328,12 @@ def _growth(plan: MemoryPlan, capacity: int) -> ProgramFootprint:
     size = math.prod(shape[:-1]) * (config.head_dim * jnp.dtype(plan.kv_dtype).itemsize + scale)
     old = [Buffer("a layer's KV before", shape, plan.kv_dtype, size)]
     for buffer in () if plan.drafter is None else plan.drafter.buffers(groups):
-        if buffer.name == "draft KV":
+        if buffer.kind == "cache":
             layers, *rest = buffer.shape
-            old.append(Buffer("a draft layer's KV before", tuple(rest), buffer.dtype, buffer.bytes // layers))
-        elif buffer.name != "draft weights":
+            old.append(
+                Buffer(f"a layer of {buffer.name} before", tuple(rest), buffer.dtype, buffer.bytes // layers)
+            )
+        elif buffer.kind != "weights":
             old.append(dataclasses.replace(buffer, name=f"{buffer.name} before"))
     return ProgramFootprint("growth", tuple(old))
 

@@ -94,11 +94,14 @@ def planning_for(
     context: int | None = None,
     prompt_tokens: int | None = None,
     new_tokens: int | None = None,
+    request_tokens: Sequence[int] = (),
     shards: int = 1,
     policy: str = "plan",
     kv_cache_dtype: str = "auto",
 ) -> Planning:
     """What `specmemo plan` searches: a model by name and a device by slug, neither of which need be here.
+
+    ``request_tokens``: tokens, prompt and answer, of requests like those to come; rows then lie in groups.
 
     Raises ConfigError, ModelNotFoundError and CapacityError for what cannot be.
     """
@@ -106,7 +109,7 @@ def planning_for(
     spec, named = find_device(device), named_config(model)
     chosen = dtype_for(spec, dtype)
     check_shards(named.config, shards)
-    workload = workload_for(named.config, batch, context, prompt_tokens, new_tokens)
+    workload = workload_for(named.config, batch, context, prompt_tokens, new_tokens, request_tokens)
     kv_dtype = kv_dtype_for(kv_cache_dtype)
     cache = cache_source(named.name, kv_dtype)
     request = PlanRequest(named.config, chosen, spec, workload, shards, policy, kv_dtype, cache)

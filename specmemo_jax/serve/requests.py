@@ -67,7 +67,15 @@ def device_sampling(
 
 
 def pad_bad_words(words: Sequence[Sequence[int]], plan: MemoryPlan) -> np.ndarray:
-    """Token requests right-aligned in the plan's ``[W, L]``, padded with -1; they must fit."""
+    """Token sequences right-aligned in the plan's ``[W, L]``, padded with -1. Raises RequestError where they do
+    not fit.
+    """
+    most, longest = plan.max_bad_words
+    if len(words) > most or any(len(word) > longest for word in words):
+        raise RequestError(
+            f"bad_words make {len(words)} token sequences, the longest of {max(map(len, words))}; "
+            f"at most {most} of at most {longest} tokens work"
+        )
     padded = np.full(plan.max_bad_words, -1, np.int32)
     for row, word in zip(padded, words, strict=False):
         row[-len(word) :] = word

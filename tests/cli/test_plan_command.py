@@ -169,3 +169,18 @@ def test_no_backend_is_started_for_a_plan():
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "llama-2-7b-chat" in done.stdout
+
+
+def test_plan_of_request_tokens_lays_rows_out_in_groups():
+    asked = ["llama-2-7b-chat", "--device", "a100-80", "--batch", "8", "--context", "2048", "--json"]
+    whole, grouped = (
+        json.loads(run(*asked, *more).stdout)
+        for more in ([], ["--request-tokens", "300, 300,300,400,500,2000"])
+    )
+    assert whole["shapes"]["groups"] == []
+    assert sum(rows for rows, _ in grouped["shapes"]["groups"]) == 8
+    assert grouped["shapes"]["groups"][-1][1] == 2048
+    assert grouped["peak_bytes"] < whole["peak_bytes"]
+    refused = run("--request-tokens", "300,many")
+    assert refused.exit_code == 3
+    assert "'many' is not a whole number" in refused.stderr

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specmemo_jax.devices.compiled import compiled_memory
-from specmemo_jax.draft import DraftModel, NgramDrafter, SelfDrafter, TreeShape
+from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, TreeShape
+from specmemo_jax.draft.tree import NO_TOKEN, Tree
 from specmemo_jax.engine.engine import Engine
+from specmemo_jax.engine.programs import Programs
 from specmemo_jax.engine.request import Request
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama import kv
@@ -167,6 +169,38 @@ def test_the_plan_holds_for_every_program(name, kv_dtype):
     moving = next(p for p in plan.footprint.programs if p.name == "move")
     figures = compiled_memory(engine.programs.compile(engine.programs.move(plan.capacities[-1], 0, 2)))
     assert figures.extra <= moving.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Remembering(Drafter):
+    """A drafter with much state and no guess: a megabyte a row."""
+
+    num_nodes: int = 2
+    name: str = "remembering"
+
+    def init(self, groups):
+        return {"much": jnp.zeros((groups.rows, 2**18), jnp.float32)}
+
+    def observe(self, view, state, rows, tokens, starts, counts):
+        return state
+
+    def propose(self, view, state, pending, lengths):
+        tokens = jnp.stack([pending, jnp.full_like(pending, NO_TOKEN)], axis=1)
+        line = jnp.broadcast_to(jnp.arange(2)[None], tokens.shape)
+        return Tree(tokens, jnp.zeros_like(tokens), line), state
+
+
+@pytest.mark.parametrize("drafter", [Remembering(), *filter(None, DRAFTERS.values())], ids=lambda d: d.name)
+def test_move_program_of_a_drafter_s_state_is_priced(drafter):
+    plan = lay_out(
+        TINY, dtype="float32", platform="cpu", batch=4, context=240, drafter=drafter, groups=GROUPS
+    )
+    programs = Programs(TARGET, drafter, plan)
+    figures = compiled_memory(programs.compile(programs.move(plan.capacities[-1], 0, 2)))
+    (moving,) = (p for p in plan.footprint.programs if p.name == "move")
+    assert figures.extra <= moving.bytes
+    if isinstance(drafter, Remembering):
+        assert moving.bytes >= 2**20 + 4 * TINY.vocab_size
 
 
 def test_groups_take_less_than_rows_of_one_width():
