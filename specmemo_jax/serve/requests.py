@@ -67,7 +67,7 @@ def device_sampling(
 
 
 def pad_bad_words(words: Sequence[Sequence[int]], plan: MemoryPlan) -> np.ndarray:
-    """Token sequences right-aligned in the plan's ``[W, L]``, padded with -1; RequestError if they do not fit."""
+    """Token sequences right-aligned in ``[W, L]``, padded with -1. Raises RequestError if they do not fit."""
     most, longest = plan.max_bad_words
     if len(words) > most or any(len(word) > longest for word in words):
         raise RequestError(
