@@ -16,7 +16,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
 # `python3 scripts/test.py --thorough`: programs as a user runs them, all reference rows, and nothing skipped.
-THOROUGH = os.environ.get("SPECMEMO_TEST_THOROUGH") == "1"
+from thorough import THOROUGH
+
 # The suite's time is compiling: LLVM optimises nothing, here and in the processes that tests start. XLA has
 # fused operations and assigned buffers before; see `optimized_programs`.
 _OWN_LEVEL = "optimization_level" in os.environ.get("XLA_FLAGS", "")
