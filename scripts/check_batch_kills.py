@@ -5,7 +5,8 @@
 
 An unbroken run is made first. Then jobs are run and killed, half of the times after a random number of
 new rows, half at a random time of the run, its start included; each job is killed ``--kills-a-job`` times,
-then resumed to its end, and its rows are held against the unbroken run's. Exit 1 if any differ.
+then resumed to its end, and its rows are held against the unbroken run's. Exit 1 if any differ, or if a row
+that a kill found on disk, early or in its place, was answered again.
 """
 
 import argparse
@@ -43,6 +44,15 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def answered(out: Path) -> dict[str, bytes]:
+    """Every whole row that is on disk, in its place or early, byte for byte, by its id."""
+    found = {}
+    for file in (Path(f"{out}.early"), out):
+        whole = file.read_bytes().rpartition(b"\n")[0] if file.exists() else b""
+        found |= {json.loads(raw)["id"]: raw for raw in whole.splitlines()}
+    return found
+
+
 def kill_once(command: list[str], out: Path, rng: random.Random, most_seconds: float, wanted: int) -> str:
     """Run and kill; where it ended before, that is said."""
     after_rows = rng.random() < 0.5
@@ -68,6 +78,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng, counts, wrong = random.Random(options.seed), dict[str, int](), 0
+    kept, early, again = 0, 0, 0
     with tempfile.TemporaryDirectory() as folder, tqdm(total=options.kills, disable=None) as bar:
         source, whole = Path(folder, "in.jsonl"), Path(folder, "whole.jsonl")
         asked = [request(number, options.new_tokens) for number in range(options.rows)]
@@ -84,6 +95,7 @@ def main() -> int:
         job = 0
         while killed < options.kills:
             out, job = Path(folder, f"out-{job}.jsonl"), job + 1
+            before: dict[str, bytes] = {}
             for _ in range(options.kills_a_job):
                 what = kill_once(
                     command(out), out, rng, took / 2, max(1, options.rows // options.kills_a_job)
@@ -92,12 +104,18 @@ def main() -> int:
                 if what == "ended":
                     break
                 killed += 1
+                now = answered(out)
+                again += sum(now.get(name) != row for name, row in before.items())
+                kept, early, before = kept + len(now), early + len(now) - lines(out), now
                 bar.update()
             subprocess.run(command(out), check=True, stderr=subprocess.DEVNULL)
             wrong += rows(out) != expected
+            now = answered(out)
+            again += sum(now.get(name) != row for name, row in before.items())
     said = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
     print(f"{job} jobs of {options.rows} rows: {said}; {wrong} jobs with other rows than the unbroken run")
-    return int(wrong > 0)
+    print(f"kills found {kept} rows on disk, {early} of them early; {again} were answered again or lost")
+    return int(wrong > 0 or again > 0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Lines as strangers write them: any JSON in any field, and one of everything."""
 
 import json
+import math
 from typing import Any
 
 from hypothesis import strategies as st
@@ -13,9 +14,10 @@ TEXTS = st.one_of(
 )
 NUMBERS = st.one_of(
     st.integers(-3, 300),
-    st.floats(allow_nan=False, allow_infinity=False),
-    st.sampled_from([HUGE, -HUGE, 2**63, 2**64, 1e308, 5e-324, 0.0, -1]),
+    st.floats(allow_nan=False),
+    st.sampled_from([HUGE, -HUGE, 2**63, 2**64, 1e308, 5e-324, 0.0, -1, math.inf]),
 )
+NAMES = st.one_of(TEXTS, st.sampled_from(["self", "cls", "args", "kwargs", "params", "turns", "seed", "n"]))
 SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS)
 VALUES: st.SearchStrategy[Any] = st.recursive(
     SCALARS,
@@ -42,7 +44,7 @@ MESSAGES = st.lists(
 )
 PROMPTS = st.one_of(TEXTS, st.lists(st.integers(-1, 300), max_size=5), VALUES)
 ASKED = st.one_of(st.fixed_dictionaries({"prompt": PROMPTS}), st.fixed_dictionaries({"messages": MESSAGES}))
-MORE = st.dictionaries(st.one_of(st.sampled_from((*SAMPLING, *OPENAI)), TEXTS), VALUES, max_size=3)
+MORE = st.dictionaries(st.one_of(st.sampled_from((*SAMPLING, *OPENAI)), NAMES), VALUES, max_size=3)
 BODIES = st.builds(lambda asked, more: {**more, **asked}, ASKED, MORE)
 # Lines that are right but for one field at most.
 FINE = st.fixed_dictionaries(
@@ -62,7 +64,7 @@ FINE = st.fixed_dictionaries(
 NEARLY = st.builds(
     lambda line, more: {**line, **more},
     FINE,
-    st.dictionaries(st.sampled_from((*SAMPLING, *OPENAI, "prompt", "custom_id")), VALUES, max_size=1),
+    st.dictionaries(st.sampled_from((*SAMPLING, *OPENAI, "prompt", "custom_id", "self")), VALUES, max_size=1),
 )
 BATCH_LINES = st.one_of(
     NEARLY,
@@ -95,8 +97,8 @@ PROMPT_LINES = st.one_of(
 
 
 def encoded(value: Any) -> bytes:
-    """A value as a line, whatever it holds."""
-    return json.dumps(value).encode()
+    """A value as a line, whatever it holds; infinity as JSON can say it."""
+    return json.dumps(value).replace("Infinity", "1e999").encode()
 
 
 def chat(custom_id: Any, content: Any = "hi", role: Any = "user", **body: Any) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def _url_and_body(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         return (CHAT if "messages" in body else COMPLETIONS), {**body, **params}
     if unknown := sorted(record.keys() - _LINE_KEYS):
         raise LineError(f"a batch line has no {', '.join(unknown)}; {', '.join(sorted(_LINE_KEYS))} work")
-    if (method := record.get("method", "POST")) != "POST":
+    if (method := record.get("method")) not in (None, "POST"):
         raise LineError(f"method must be POST, found {method!r:.60}", 405)
     url, body = record.get("url"), record["body"]
     if url not in (CHAT, COMPLETIONS):

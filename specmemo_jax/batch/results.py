@@ -63,7 +63,7 @@ def rows_done(path: Path, settings: str) -> set[str]:
     done, end = set(), 0
     for number, (raw, row) in enumerate(whole_rows(path), 1):
         found, _, line = str(row.get("id")).removeprefix(_PREFIX).rpartition("_")
-        if not found or not line.isdigit():
+        if not found or not (line.isascii() and line.isdigit() and len(line) < 20):
             raise RequestError(f"{path}, line {number}: not a row of a batch; another output works")
         if found != settings:
             raise RequestError(
@@ -114,7 +114,7 @@ def whole_rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 return
             try:
                 row = json.loads(raw)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise RequestError(
                     f"{path}, line {number}: not a row of a batch ({error}); another output works"
                 ) from error

@@ -106,11 +106,15 @@ def run_batch(
     progress: Progress | None = None,
 ) -> BatchSummary:
     """See `specmemo_jax.LLM.run_batch`."""
-    source, path = Path(requests), Path(results)
-    if source.exists() and path.exists() and source.samefile(path):
-        raise RequestError(f"{path} is the requests' own file; another output works")
+    source, path = Path(requests), Path(results).expanduser()
+    side = Path(f"{path}.early")
+    for file in (path, side):
+        if source.exists() and file.exists() and source.samefile(file):
+            raise RequestError(f"{file} is the requests' own file; another output works")
     model = served_name or llm.name
-    numbers = {k: float(v) if isinstance(v, int) else v for k, v in dataclasses.asdict(defaults).items()}
+    numbers = {
+        k: float(min(v, 2**64)) if isinstance(v, int) else v for k, v in dataclasses.asdict(defaults).items()
+    }
     settings = {
         "model": (Path(llm.name).name, dataclasses.asdict(llm.config), llm.plan.dtype, llm.plan.kv_dtype),
         "sampling": numbers,
@@ -121,6 +125,11 @@ def run_batch(
     first = list(islice(lines, 1))  # a file that cannot be read is refused before the output is touched
     if path.is_file() and path.stat().st_size and not (resume or retry_errors):
         raise OutputError(f"{path} holds rows already; --resume goes on with it, another output starts anew")
+    if side.is_file() and side.stat().st_size and not (resume or retry_errors):
+        raise OutputError(
+            f"{side} holds rows that a killed run was early with; --resume goes on with them, another output "
+            "starts anew"
+        )
     advice = "free space and --resume work"
     if retry_errors and path.is_file():
         with Sink(str(path), append=True, advice=advice) as sink:
@@ -130,7 +139,7 @@ def run_batch(
     with Sink(str(path), append=True, advice=advice) as sink:
         sink.lock()
         done = rows_done(path, mark) if path.is_file() else set()
-        early = path.with_name(path.name + ".early") if path.is_file() else None
+        early = side if path.is_file() else None
         found = early_rows(early, mark, retry_errors) if early and (resume or retry_errors) else {}
         if early and not found:
             early.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specmemo_jax.errors import RequestError
-from specmemo_jax.files.json_lines import NotAnObjectError, kind_of, not_unicode, read_object
+from specmemo_jax.files.json_lines import NotAnObjectError, kind_of, not_unicode, read_object, row_of
 
 FORMATS = (
     '{"prompt": "text" or [token ids]}, {"messages": [{"role": ..., "content": ...}, ...]} '
@@ -132,7 +132,7 @@ def _parse_line(line: bytes, name: str, number: int) -> PromptRecord:
     if len(kinds) != 1:
         found = " and ".join(kinds) or ", ".join(map(repr, list(record)[:5])) or "no key"
         raise RequestError(f"{place}: one of prompt, messages, turns is expected, found {found}; {FORMATS}")
-    labels = {key: record[key] for key in _LABELS if key in record}
+    labels = _labels(record, place)
     value = record[kinds[0]]
     parts = {"turns": _from_turns, "prompt": _from_prompt, "messages": _from_messages}[kinds[0]](value, place)
     return PromptRecord(
@@ -143,6 +143,19 @@ def _parse_line(line: bytes, name: str, number: int) -> PromptRecord:
         params=_params(record.get("params"), place),
         **parts,
     )
+
+
+def _labels(record: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """What is handed on to the answers, refused now where no row could hold it."""
+    labels = {key: record[key] for key in _LABELS if key in record}
+    for key, value in labels.items():
+        try:
+            row_of(value)
+        except ValueError as error:  # 1e999 is read as infinity, which JSON cannot say
+            raise RequestError(
+                f"{place}: {key} holds a number that no float can hold, found {value!r:.60}; a text works"
+            ) from error
+    return labels
 
 
 def _params(value: Any, place: str) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class Sink:
             return
         self._is_in_line = not text.endswith("\n")
         try:
-            self._write(text.encode("utf-8"))
+            self._write(text.encode("utf-8", "backslashreplace"))  # an id may be a lone surrogate
         except BrokenPipeError:
             raise
         except OSError as error:

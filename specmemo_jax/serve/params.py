@@ -22,9 +22,9 @@ def _refuse_unknown(reasons: dict[str, str]) -> Callable[[C], C]:
         init, known = cls.__init__, {field.name for field in dataclasses.fields(cls)}
 
         @functools.wraps(init)
-        def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        def checked(self: Any, /, *args: Any, **kwargs: Any) -> None:
             for name in sorted(kwargs.keys() - known):
-                if kwargs[name] is None or kwargs[name] == NEUTRAL.get(name, ()):
+                if _is_neutral(name, kwargs[name]):
                     del kwargs[name]  # asks for nothing
                     continue
                 reason = reasons.get(name, f"{', '.join(sorted(known))} work")
@@ -162,6 +162,12 @@ class SamplingParams:
         if len(ids) > MAX_STOP_IDS:
             raise RequestError(f"{len(ids)} stop ids (the model's own included), at most {MAX_STOP_IDS} work")
         return ids
+
+
+def _is_neutral(name: str, value: object) -> bool:
+    """Whether an argument that does not exist here asks for nothing; True is no 1."""
+    neutral = NEUTRAL.get(name, ())
+    return value is None or (isinstance(value, bool) == isinstance(neutral, bool) and value == neutral)
 
 
 def _is_finite(value: object) -> bool:

@@ -14,6 +14,8 @@ from specmemo_jax.batch import request_tokens
 from specmemo_jax.batch import run as batch_run
 from specmemo_jax.batch.lines import parse_line, read_lines
 from specmemo_jax.checkpoints.tokenizer import Tokenizer
+from specmemo_jax.errors import RequestError
+from specmemo_jax.files.rows import OutputError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4)
 FAST = settings(
@@ -155,7 +157,17 @@ def test_line_only_null_and_absence_leave_a_default(given_, asked):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_tokens": False}, {"ignore_eos": "none"}, {"skip_special_tokens": []}, {"top_p": {}}, {"foo": []}],
+    [
+        {"max_tokens": False},
+        {"ignore_eos": "none"},
+        {"skip_special_tokens": []},
+        {"top_p": {}},
+        {"foo": []},
+        {"n": True},
+        {"best_of": True},
+        {"use_beam_search": 0},
+        {"self": 1},
+    ],
 )
 def test_line_a_value_of_the_wrong_type_is_an_error_that_names_it(wrong):
     line = parse_line(encoded({"prompt": "a", **wrong}), 1, None, GREEDY)
@@ -216,3 +228,45 @@ def test_run_killed_after_early_rows_asks_for_none_of_them_again(strict_llm, tmp
     assert len(asked) == 4
     assert rows(out) == rows(whole)
     assert not early.exists()
+
+
+def test_line_a_null_method_is_none_given():
+    asked = {"method": None, "url": "/v1/completions", "body": {"prompt": "a"}}
+    assert parse_line(encoded(asked), 1, None, GREEDY).error is None
+
+
+def test_run_a_default_max_tokens_of_400_digits_is_answered(strict_llm, tmp_path):
+    source, out = write(tmp_path / "in.jsonl", [{"prompt": "ab", "max_tokens": 2}]), tmp_path / "out.jsonl"
+    defaults = SamplingParams(temperature=0, max_tokens=int("9" * 400))
+    assert strict_llm.run_batch(source, out, sampling_params=defaults).answered == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "[" * 100_000,
+        '{"id": "batch_req_MARK_\u00b2"}',
+        '{"id": "batch_req_MARK_' + "9" * 5000 + '"}',
+        '{"id": 1e999}',
+        "notes",
+    ],
+)
+def test_resume_over_a_file_that_is_no_batch_says_so_and_leaves_it(strict_llm, tmp_path, row):
+    source, out = write(tmp_path / "in.jsonl", [{"prompt": "ab"}]), tmp_path / "out.jsonl"
+    strict_llm.run_batch(source, out, sampling_params=GREEDY)
+    mark = json.loads(out.read_text())["id"].split("_")[2]
+    held = row.replace("MARK", mark) + "\n"
+    out.write_text(held, encoding="utf-8")
+    with pytest.raises(RequestError, match="not a row of a batch"):
+        strict_llm.run_batch(source, out, sampling_params=GREEDY, resume=True)
+    assert out.read_text(encoding="utf-8") == held
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_run_a_file_in_the_place_of_early_rows_is_left_alone(strict_llm, tmp_path, resume):
+    source, out = write(tmp_path / "in.jsonl", [{"prompt": "ab"}]), tmp_path / "out.jsonl"
+    side = write(tmp_path / "out.jsonl.early", [{"prompt": "a"}])
+    for requests, error in ((source, RequestError if resume else OutputError), (side, RequestError)):
+        with pytest.raises(error, match=r"out\.jsonl\.early"):
+            strict_llm.run_batch(requests, out, sampling_params=GREEDY, resume=resume)
+        assert side.read_bytes() == b'{"prompt": "a"}\n'
