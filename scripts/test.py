@@ -10,11 +10,16 @@ from _bootstrap import ROOT, add, add_wheels, enter
 LINTERS = (["ruff", "check"], ["ruff", "format", "--check"], ["pyright", "--pythonpath", sys.executable])
 
 
-# What a thorough run asks again, with programs as a user runs them, and what was skipped before.
-THOROUGH = (
-    "tests/engine", "tests/decode", "tests/serve", "tests/llama", "tests/test_reference.py",
-    "tests/devices/test_described.py", "tests/planning/test_view.py",
-)  # fmt: skip
+# What a thorough run asks again, with programs as a user runs them, or what was skipped before.
+OPTIMISED = (
+    "tests/engine",
+    "tests/decode",
+    "tests/serve/test_serve.py",
+    "tests/test_reference.py",
+    "tests/planning/test_view.py",
+)
+DESCRIBED = "tests/devices/test_described.py"  # wants JAX's CUDA plugin
+AGAINST_TORCH = "tests/llama/test_golden.py"
 
 
 def main() -> int:
@@ -31,27 +36,31 @@ def main() -> int:
     enter(extras=("dev",))
     add(("ray", "eval"))  # heavy, and from an index that may lack them: their tests are skipped then
     failed = 0
-    if options.thorough:
-        _thorough_packages()
-        os.environ["SPECMEMO_TEST_THOROUGH"] = "1"
     if options.lint or options.lint_only:
         failed = sum(_run(*linter) for linter in LINTERS)
     if not options.lint_only:
-        chosen = pytest_arguments or [*_in_parallel(), *(THOROUGH if options.thorough else ())]
-        failed += _run("pytest", *chosen)
+        if options.thorough:
+            failed += _run_thorough(pytest_arguments)
+        else:
+            failed += _run("pytest", *(pytest_arguments or _in_parallel()))
     return int(failed > 0)
 
 
-def _thorough_packages() -> None:
-    """What some tests are skipped without: torch as the reference, plots, and JAX's CUDA plugin, which
-    describes GPUs that are not here.
-    """
+def _run_thorough(pytest_arguments: list[str]) -> int:
+    """Runs that failed. Torch comes last and alone: transformers behaves otherwise beside it."""
     from importlib.metadata import version
 
-    jax = version("jax")
+    os.environ["SPECMEMO_TEST_THOROUGH"] = "1"
+    jax, chosen = version("jax"), [str(name) for name in OPTIMISED]
     add(("plot",))
-    add_wheels("torch==2.13.0")
-    add_wheels("--no-deps", f"jax-cuda12-pjrt=={jax}", f"jax-cuda12-plugin=={jax}")
+    if add_wheels("--no-deps", f"jax-cuda12-pjrt=={jax}", f"jax-cuda12-plugin=={jax}"):
+        chosen.append(DESCRIBED)
+    if pytest_arguments:
+        return _run("pytest", *pytest_arguments)
+    failed = _run("pytest", *_in_parallel(), *chosen)
+    if add_wheels("torch==2.13.0"):
+        failed += _run("pytest", AGAINST_TORCH)
+    return failed
 
 
 def _in_parallel() -> list[str]:
