@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def _run_thorough(pytest_arguments: list[str]) -> int:
-    """Runs that failed. Torch comes last and alone: transformers behaves otherwise beside it."""
+    """Runs that failed. Torch comes last, so that all other tests run without it."""
     from importlib.metadata import version
 
     os.environ["SPECMEMO_TEST_THOROUGH"] = "1"
