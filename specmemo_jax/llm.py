@@ -179,6 +179,7 @@ class LLM:
         if not self._turn.close():
             return
         self.engine.close()
+        self.engine.runner.programs.close()
         drafted = jax.tree.leaves(self.engine.draft_weights) if self._own_draft else ()
         for leaf in (*drafted, *self.target.leaves):
             leaf.delete()

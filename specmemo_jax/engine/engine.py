@@ -70,6 +70,7 @@ class Engine:
     def replan(self, drafter: Drafter | None, plan: MemoryPlan) -> None:
         """Go on with other shapes and an empty device state; the drafter is the old one, limited, or None."""
         self.close()
+        self.runner.programs.close()
         if drafter is None:
             self.draft_weights = ()
         self._set_up(drafter, plan)

@@ -71,6 +71,7 @@ class ProgramCache:
         self._compiled: dict[Key, jax.stages.Compiled] = {}
         self._lock = threading.Lock()
         self._coming: dict[Key, Future[jax.stages.Compiled | None]] = {}
+        self._readers: ThreadPoolExecutor | None = None
 
     def __contains__(self, key: Key) -> bool:
         return key in self._compiled
@@ -105,11 +106,19 @@ class ProgramCache:
         """Begin to read what the last process used, on threads, while the weights are loaded."""
         if self._store is None or not (names := self._store.recent()):
             return
-        pool, keys = ThreadPoolExecutor(READING), {_name(key): key for _, key in all_keys(self._programs)}
+        self._readers = ThreadPoolExecutor(READING, "executables")
+        keys = {_name(key): key for _, key in all_keys(self._programs)}
         for name in names:
             if (key := keys.get(name)) is not None:
-                self._coming[key] = pool.submit(self._store.load, name)
-        pool.shutdown(wait=False)
+                self._coming[key] = self._readers.submit(self._store.load, name)
+
+    def close(self) -> None:
+        """End what `fetch_recent` began; programs can still be asked for."""
+        if self._readers is not None:
+            self._readers.shutdown(cancel_futures=True)
+            self._readers = None
+        with self._lock:
+            self._coming.clear()
 
     def get_all(self, keys: Sequence[Key]) -> None:
         """Have all of these programs, several compiled at a time; a bar tells a person how many are left."""

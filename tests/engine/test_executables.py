@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -218,6 +219,20 @@ def test_start_over_a_cache_of_jax_s_leaves_no_broken_file(tmp_path):
     assert hits
     assert same == answer
     assert said(start(None, **mine))[2] == answer
+
+
+def test_close_leaves_no_thread_behind_and_programs_can_still_be_asked_for(cache, lowered):
+    run(cache)
+    made = len(lowered)
+    programs = ProgramCache(
+        Programs(TARGET, NGRAM, plan_for()),
+        ExecutableStore.in_folder(cache.parent, TARGET, NGRAM, plan_for()),
+    )
+    programs.fetch_recent()
+    programs.close()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("executables")]
+    assert programs.get("step", 128, 4) is not None
+    assert len(lowered) == made
 
 
 def test_two_processes_at_once_share_a_folder_and_a_third_lowers_nothing(tmp_path):
