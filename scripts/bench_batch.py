@@ -38,6 +38,7 @@ from specmemo_jax import LLM, LlamaConfig, RequestOutput, SamplingParams
 from specmemo_jax.checkpoints.zoo import zoo_config
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.request import Request
+from specmemo_jax.memory.plan import lay_out
 
 BUNDLED = Path(__file__).parent.parent / "tests" / "data" / "mt_bench_reference.jsonl"
 
@@ -231,7 +232,7 @@ def mixing(options: argparse.Namespace, prompts: list, batches: list[int]) -> in
             for row in range(batch):
                 llm.engine.admit(row, Request(prompts[row % len(prompts)], new))
             step = median_of(lambda: llm.engine.burst(4), options.rounds) / 4
-            for width in llm.plan.chunks:
+            for width in llm.plan.shapes.chunks:
                 if width <= batch:
                     continue
                 chunk = chunk_seconds(options, llm, ids, width)
@@ -252,7 +253,7 @@ def mixing(options: argparse.Namespace, prompts: list, batches: list[int]) -> in
 
 def chunk_seconds(options: argparse.Namespace, llm: LLM, ids: list[int], width: int) -> float:
     """Of one chunk, until its token is read."""
-    one = Engine(llm.target, None, dataclasses.replace(llm.plan, chunks=(width, width)))
+    one = Engine(llm.target, lay_out(dataclasses.replace(llm.plan.shapes, chunks=(width, width))))
     with contextlib.closing(one):
         return median_of(lambda: one.admit(0, Request(ids[:width], 1)), options.rounds)
 

@@ -32,7 +32,8 @@ from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.request import Request
 from specmemo_jax.llama.packing import Target, pack
 from specmemo_jax.measure.timing import part_filled
-from specmemo_jax.memory.plan import make_plan
+from specmemo_jax.memory.plan import lay_out
+from specmemo_jax.memory.shapes import Shapes
 
 REFERENCE = Path(__file__).parent.parent / "tests" / "data" / "mt_bench_reference.jsonl"
 
@@ -115,10 +116,12 @@ def engine_run(
     target: Target, drafter: Any, prompts: list[list[int]], new_tokens: int
 ) -> Callable[[], tuple[int, float]]:
     """Greedy answers through the engine; decoded tokens and seconds, prefill aside."""
-    plan = make_plan(
-        target.config, dtype=target.dtype, platform=target.platform, context=1024, drafter=drafter
+    plan = lay_out(
+        Shapes(
+            target.config, dtype=target.dtype.name, platform=target.platform, context=1024, drafter=drafter
+        )
     )
-    engine = Engine(target, drafter, plan)
+    engine = Engine(target, plan)
 
     def run() -> tuple[int, float]:
         tokens, seconds = 0, 0.0
@@ -218,11 +221,9 @@ def engines(target: Target, batch: int, capacity: int, nodes: list[int]) -> Iter
     """An engine a tree size, its cache exactly ``capacity`` slots."""
     for T in nodes:
         drafter = NgramDrafter(num_nodes=T) if T > 1 else None
-        plan = make_plan(
-            target.config, dtype=target.dtype, platform=target.platform, batch=batch,
-            context=capacity - 64, drafter=drafter,
-        )  # fmt: skip
-        yield T, Engine(target, drafter, dataclasses.replace(plan, capacities=(capacity,)))
+        plan = lay_out(Shapes(target.config, dtype=target.dtype.name, platform=target.platform, batch=batch,
+            context=capacity - 64, drafter=drafter))  # fmt: skip
+        yield T, Engine(target, dataclasses.replace(plan, capacities=(capacity,)))
 
 
 def verify_table(target: Target, options: argparse.Namespace) -> None:

@@ -56,7 +56,7 @@ def main() -> int:
         )
         for policy in POLICIES
     }
-    if len({llm.plan.drafter for llm in engines.values()}) > 1:
+    if len({llm.plan.shapes.drafter for llm in engines.values()}) > 1:
         parser.error("the planner chose different drafters; --drafter with one shape would work")
     conversations = questions(options)
     times: dict[Policy, list[float]] = {policy: [] for policy in POLICIES}
@@ -86,7 +86,7 @@ def main() -> int:
     first = engines["plan"].plan
     print(
         f"{len(tokens)} answers of {options.new_tokens} tokens at most, prompts up to {longest} tokens, "
-        f"max_context {options.max_context}, {options.dtype}, {first.drafter}"
+        f"max_context {options.max_context}, {options.dtype}, {first.shapes.drafter}"
     )
     print(f"answers that differ from the plan's: {different}")
     spent = {policy: sum(times[policy]) for policy in POLICIES}

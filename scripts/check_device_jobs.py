@@ -35,7 +35,8 @@ from specmemo_jax.files.prompts import read_prompts
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.packing import Target, pack
 from specmemo_jax.measure.timing import part_filled
-from specmemo_jax.memory.plan import make_plan
+from specmemo_jax.memory.plan import lay_out
+from specmemo_jax.memory.shapes import Shapes
 from specmemo_jax.serve.requests import device_sampling, pad_bad_words
 from specmemo_jax.serve.serve import Job, serve
 from specmemo_jax.testing import whole_logits
@@ -192,19 +193,19 @@ def memory(model: str, quick: bool, drafter: str, dtype: str, batch: int) -> Res
         for params in ways.values():
             llm.generate([prompt] * batch, params)
         measured = _peak(first)
-        capacity, engine = llm.plan.capacities[-1], llm.engine
+        capacity, engine = llm.plan.shapes.capacities[-1], llm.engine
         programs = {
             "step": [engine.step_program(capacity, sampled) for sampled in ways],
             "prefill": [
                 engine.prefill_program(capacity, width, sampled)
-                for width in llm.plan.chunks
+                for width in llm.plan.shapes.chunks
                 for sampled in ways
             ],
         }
         compiled = {kind: _compiled_peak(of_kind) for kind, of_kind in programs.items()}
         plan = llm.plan.peak_bytes
-    row = [llm.plan.dtype, name, str(batch), _mib(plan), *map(_mib, compiled.values())]
-    what = f"{llm.plan.dtype}, {name}, batch {batch}"
+    row = [llm.plan.shapes.dtype, name, str(batch), _mib(plan), *map(_mib, compiled.values())]
+    what = f"{llm.plan.shapes.dtype}, {name}, batch {batch}"
     failures, notes = [], [f"Context {context}, all of it used{'' if quick else ', greedy and sampled'}."]
     for kind, peak in compiled.items():
         if peak is not None and peak > plan:
@@ -356,15 +357,17 @@ def _drafter(name: str, target: Target) -> Drafter | None:
 
 
 def _engine(target: Target, drafter: Drafter | None, batch: int, context: int) -> Engine:
-    plan = make_plan(
-        target.config,
-        dtype=target.dtype,
-        platform=target.platform,
-        batch=batch,
-        context=context,
-        drafter=drafter,
+    plan = lay_out(
+        Shapes(
+            target.config,
+            dtype=target.dtype.name,
+            platform=target.platform,
+            batch=batch,
+            context=context,
+            drafter=drafter,
+        )
     )
-    return Engine(target, drafter, plan)
+    return Engine(target, plan)
 
 
 def _prompts(opened: OpenModel, room: int) -> list[list[int]]:
@@ -397,7 +400,7 @@ def _answer_all(
         for place, prompt in enumerate(prompts):
             sampling = None
             if not way.is_plain:
-                nothing = pad_bad_words([], engine.plan)
+                nothing = pad_bad_words([])
                 sampling = device_sampling(way, prompt, (way.seed or 0) + place, nothing)
             jobs.append(Job(str(place), None, Request(prompt, way.max_tokens or 1, (), sampling), way))
         for _ in serve(engine, jobs):

@@ -140,7 +140,7 @@ def answers(
                     positions.look(llm.engine)
         outputs = [job.output for job in jobs if job.output is not None]
         moves = llm.engine.moved_rows
-        laid = " + ".join(f"{rows} of {context}" for rows, context in llm.plan.groups)
+        laid = " + ".join(f"{rows} of {context}" for rows, context in llm.plan.shapes.groups)
     steps = sum(output.metrics.steps for output in outputs)
     tokens = sum(sum(output.metrics.accepted_lengths) for output in outputs)
     said = f"mean accepted length {tokens / max(steps, 1):.3f}"

@@ -36,9 +36,11 @@ from specmemo_jax.devices.table import find_device
 from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, TreeShape
 from specmemo_jax.engine.programs import Programs, state_shardings
 from specmemo_jax.errors import ConfigError
+from specmemo_jax.llama.kv import SLOTS
 from specmemo_jax.llama.packing import abstract_target
 from specmemo_jax.memory.footprint import ProgramFootprint
-from specmemo_jax.memory.plan import SLOTS, MemoryPlan, lay_out
+from specmemo_jax.memory.plan import MemoryPlan, lay_out
+from specmemo_jax.memory.shapes import Shapes
 from specmemo_jax.mesh.axes import check_shards
 from specmemo_jax.planning.prove import compile_target_for, lowerings, programs_for
 
@@ -86,17 +88,19 @@ class Case:
         drafter = self.made(config, device.platform)
         slack = 0 if drafter is None else drafter.max_depth
         return lay_out(
-            config,
-            dtype=self.dtype,
-            platform="cpu" if platform == "cpu" else "gpu",
-            batch=self.batch,
-            context=self.capacity - slack - 1,
-            drafter=drafter,
-            chunks=(self.chunk,),
-            score_nodes=self.parts[0],
-            logit_nodes=self.parts[1],
-            shards=self.shards,
-            device=device,
+            Shapes(
+                config,
+                dtype=self.dtype,
+                platform="cpu" if platform == "cpu" else "gpu",
+                batch=self.batch,
+                context=self.capacity - slack - 1,
+                drafter=drafter,
+                chunks=(self.chunk,),
+                score_nodes=self.parts[0],
+                logit_nodes=self.parts[1],
+                shards=self.shards,
+            ),
+            device,
         )
 
     def made(self, config: LlamaConfig, platform: str) -> Drafter | None:
@@ -209,7 +213,7 @@ def check(case: Case, platform: str, every_program: bool) -> Compiled:
 
 def persistent_bytes(programs: Programs) -> int:
     """Bytes a device of what the programs keep, the target's weights left out, from their own shapes."""
-    state = programs.abstract_state(programs.plan.capacities[-1])
+    state = programs.abstract_state(programs.shapes.capacities[-1])
     weights = () if programs.drafter is None else programs.drafter.weight_shapes(programs.target)
     leaves = jax.tree.leaves(state)
     shapes = [leaf.shape for leaf in leaves]

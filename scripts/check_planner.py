@@ -130,7 +130,7 @@ def refusal_errors(planning: Planning, budget: int, refusal: BudgetError) -> lis
 def compiled_peak(plan: MemoryPlan, planning: Planning, every_program: bool) -> int:
     """Weights, the platform's reserve, persistent buffers and the most that a compiled program needs."""
     programs = programs_for(
-        plan, compile_target_for(planning.request.device, planning.request.dtype, plan.shards)
+        plan, compile_target_for(planning.request.device, planning.request.dtype, plan.shapes.shards)
     )
     by_size = sorted(plan.footprint.programs, key=lambda p: p.bytes, reverse=True)
     named = [f"{p.name}, sampled" for p in by_size if p.name != "growth"]

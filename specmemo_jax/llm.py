@@ -12,6 +12,7 @@ import numpy as np
 from specmemo_jax.batch import BatchSummary, run_batch
 from specmemo_jax.checkpoints.open import open_model
 from specmemo_jax.checkpoints.tokenizer import Tokenizer
+from specmemo_jax.decode.emitted import BURST
 from specmemo_jax.devices.allocator import check_allocator, limit_allocator
 from specmemo_jax.devices.compiler import compilation_folder, enable_compilation_cache
 from specmemo_jax.devices.quiet import live_devices
@@ -27,7 +28,6 @@ from specmemo_jax.errors import RequestError
 from specmemo_jax.files.byte_size import parse_bytes
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.packing import Target, abstract_target, pack
-from specmemo_jax.memory.footprint import BURST
 from specmemo_jax.memory.plan import MemoryPlan
 from specmemo_jax.planning.request import (
     cache_source,
@@ -123,7 +123,6 @@ class LLM:
     ):
         opened = open_model(model, params)
         self.name, self.config = opened.name, opened.config
-        self.tokenizer, self._no_tokenizer = opened.tokenizer, opened.no_tokenizer
         self.generation_defaults = opened.generation_defaults
         spec = live_device()
         chosen = dtype_for(spec, dtype)
@@ -144,24 +143,23 @@ class LLM:
             speed_for(task, self.name),
             None if memory_budget is None else parse_bytes(memory_budget),
         )
-        self.drafter = self.plan.drafter
-        assert self.drafter is None or isinstance(self.drafter, Drafter)
         needed = self.plan.peak_bytes - spec.reserve_bytes
         limit_allocator(needed, spec)
         device = live_devices()[0]
         pool = check_allocator(needed, [device])
         self._seeds, self._turn = np.random.default_rng(seed), Turn()
-        shapes = abstract_target(self.config, jnp.dtype(chosen), device.platform)
+        weights = abstract_target(self.config, jnp.dtype(chosen), device.platform)
         folder = compilation_folder(compilation_cache)
-        store = ExecutableStore.in_folder(folder, shapes, self.drafter, self.plan)
+        store = ExecutableStore.in_folder(folder, weights, self.plan.shapes)
         if store is None:  # else every program is kept whole, and JAX would keep it once more
             enable_compilation_cache(compilation_cache)
-        compiled = ProgramCache(Programs(shapes, self.drafter, self.plan), store)
+        compiled = ProgramCache(Programs(weights, self.plan.shapes), store)
         compiled.fetch_recent()
-        if pool is not None and pool - needed < tuning_bytes(shapes):
+        if pool is not None and pool - needed < tuning_bytes(weights):
             compiled.fill()  # now, while the weights' room is free to try kernels in
         self.target: Target = pack(self.config, opened.tensors(), jnp.dtype(chosen), device)
-        self.engine = Engine(self.target, self.drafter, self.plan, adaptive, compiled)
+        self.tokenizer, self._no_tokenizer = opened.texts()
+        self.engine = Engine(self.target, self.plan, adaptive, compiled)
 
     def __enter__(self) -> "LLM":
         self._turn.check()
@@ -253,8 +251,8 @@ class LLM:
         if not 1 <= begin < len(ids):
             would = f"from 1 to {len(ids) - 1}" if len(ids) > 1 else "two ids at least"
             raise RequestError(f"begin {begin} of {len(ids)} ids; {would} would work")
-        if len(ids) > self.plan.context:
-            raise RequestError(f"{len(ids)} ids to score, the context holds {self.plan.context}")
+        if len(ids) > self.plan.shapes.context:
+            raise RequestError(f"{len(ids)} ids to score, the context holds {self.plan.shapes.context}")
         with self._turn.held():
             return self.engine.score(ids, begin)
 
@@ -349,7 +347,7 @@ class LLM:
         ids = self.prompt_ids(prompt, place)
         request = Request(
             prompt=ids,
-            max_tokens=most_new_tokens(ids, params, self.plan, place),
+            max_tokens=most_new_tokens(ids, params, self.plan.shapes, place),
             stop_ids=checked_stop_ids(params, self.eos_ids, self.config.vocab_size),
             sampling=None if params.is_plain else self._sampling(ids, params),
         )
@@ -368,7 +366,7 @@ class LLM:
         seed = params.seed or 0
         if params.seed is None and not params.is_greedy:
             seed = int(self._seeds.integers(2**63))
-        return device_sampling(params, ids, seed, pad_bad_words(words, self.plan))
+        return device_sampling(params, ids, seed, pad_bad_words(words))
 
     def need_tokenizer(self, what: str = "texts") -> Tokenizer:
         """The tokenizer. Raises RequestError, with the reason, where there is none and ``what`` needs one."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from specmemo_jax.memory.buffers import Cost
+from specmemo_jax.llama.buffers import Cost
 from specmemo_jax.planning.calibration import Calibration, DraftPoint, PrefillPoint, StepPoint, fingerprint
 from specmemo_jax.testing import TINY
 

@@ -63,7 +63,7 @@ class BatchSummary:
         self.step_tokens += sum(output.metrics.accepted_lengths)
 
 
-Progress = Callable[[BatchSummary], None]
+BatchProgress = Callable[[BatchSummary], None]
 
 
 class FrontDoor(Protocol):
@@ -103,7 +103,7 @@ def run_batch(
     retry_errors: bool = False,
     unordered: bool = False,
     served_name: str | None = None,
-    progress: Progress | None = None,
+    progress: BatchProgress | None = None,
 ) -> BatchSummary:
     """See `specmemo_jax.LLM.run_batch`."""
     source, path = Path(requests), Path(results).expanduser()
@@ -115,8 +115,14 @@ def run_batch(
     numbers = {
         k: float(min(v, 2**64)) if isinstance(v, int) else v for k, v in dataclasses.asdict(defaults).items()
     }
+    shapes = llm.plan.shapes
     settings = {
-        "model": (Path(llm.name).name, dataclasses.asdict(llm.config), llm.plan.dtype, llm.plan.kv_dtype),
+        "model": (
+            Path(llm.name).name,
+            dataclasses.asdict(llm.config),
+            shapes.dtype,
+            shapes.cache_dtype,
+        ),
         "sampling": numbers,
         "seed": seed,
     }
@@ -215,7 +221,7 @@ class _Run:
         seed: int,
         done: Container[str],
         writer: _Writer,
-        progress: Progress,
+        progress: BatchProgress,
     ):
         self.llm, self.model, self.settings, self.seed = llm, model, settings, seed
         self.done, self.writer, self.progress = done, writer, progress
@@ -225,7 +231,7 @@ class _Run:
     def answer(self, lines: Iterable[Line]) -> BatchSummary:
         """Write a row for each line that is not done."""
         began = time.perf_counter()
-        ahead = AHEAD * self.llm.plan.batch
+        ahead = AHEAD * self.llm.plan.shapes.batch
         with contextlib.closing(self.llm.run_jobs(self._jobs(lines), ahead=ahead)) as running:
             for job in running:
                 if job.output is None:
@@ -283,6 +289,6 @@ def job_of(llm: FrontDoor, line: Line, seed: int, key: str | None = None) -> Job
     if isinstance(prompt, str):
         prompt = tuple(llm.prompt_ids(prompt, line.number))
     if not line.has_limit and params.max_tokens is not None:
-        room = max(llm.plan.context - len(prompt), 1)
+        room = max(llm.plan.shapes.context - len(prompt), 1)
         params = dataclasses.replace(params, max_tokens=min(params.max_tokens, room))
     return llm.job(prompt, params, line.number)

@@ -12,7 +12,7 @@ from specmemo_jax.serve.params import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class AnsweredTurn:
     """One finished answer; ``turn`` counts from 1."""
 
     record: PromptRecord
@@ -21,7 +21,7 @@ class Answer:
     output: RequestOutput
 
 
-Emit = Callable[[Answer], None]
+Emit = Callable[[AnsweredTurn], None]
 
 
 def answer(
@@ -32,7 +32,7 @@ def answer(
     *,
     chat: bool | None = None,
 ) -> None:
-    """Answer every turn of every record and hand each `Answer` to ``emit`` as it ends.
+    """AnsweredTurn every turn of every record and hand each `AnsweredTurn` to ``emit`` as it ends.
 
     ``params``: one for all, or for each record one for each of its turns. ``chat``: whether
     plain text is put as a user's message; None: if the model has a chat template. Everything
@@ -105,7 +105,7 @@ class Conversation:
                 self.ids += llm.tokenizer.next_turn_ids(self.messages)
         self.turn += 1
 
-    def answered(self, output: RequestOutput, eos_ids: Sequence[int]) -> Answer:
+    def answered(self, output: RequestOutput, eos_ids: Sequence[int]) -> AnsweredTurn:
         """Take the latest turn's answer in."""
         completion = output.outputs[0]
         self._cut = isinstance(completion.stop_reason, str)  # a stop string, read but not said
@@ -113,7 +113,7 @@ class Conversation:
         ended = ids and (completion.stop_reason == ids[-1] or ids[-1] in eos_ids)
         self.ids += ids[:-1] if ended else ids  # the template closes the answer again
         self.messages.append({"role": "assistant", "content": completion.text})
-        return Answer(self.record, self.turn, self.turn_params, output)
+        return AnsweredTurn(self.record, self.turn, self.turn_params, output)
 
 
 def _opening(llm: LLM, record: PromptRecord, chat: bool | None) -> tuple[list[int], list[dict[str, str]]]:
@@ -141,7 +141,7 @@ def _opening(llm: LLM, record: PromptRecord, chat: bool | None) -> tuple[list[in
 
 
 def _check(llm: LLM, conversation: Conversation) -> None:
-    record, vocab, context = conversation.record, llm.config.vocab_size, llm.plan.context
+    record, vocab, context = conversation.record, llm.config.vocab_size, llm.plan.shapes.context
     for token in conversation.ids:
         if token >= vocab:
             raise RequestError(
@@ -173,7 +173,7 @@ def _check(llm: LLM, conversation: Conversation) -> None:
         )
 
 
-def row(answer: Answer) -> dict[str, Any]:
+def row(answer: AnsweredTurn) -> dict[str, Any]:
     """One answer as a JSON object; times in seconds. ``seed`` is None for greedy answers."""
     record, output = answer.record, answer.output
     completion, metrics = output.outputs[0], output.metrics
@@ -196,7 +196,7 @@ def row(answer: Answer) -> dict[str, Any]:
     }
 
 
-def as_text(answer: Answer, *, headed: bool) -> str:
+def as_text(answer: AnsweredTurn, *, headed: bool) -> str:
     """Heading, answer and figures, as `streaming` writes them piece by piece."""
     text = answer.output.outputs[0].text.strip()
     return heading(answer.record, answer.turn, headed) + text + "\n" + figures(answer.output)

@@ -16,7 +16,7 @@ class Said(NamedTuple):
     is_command: bool = False
 
 
-class Reader:
+class LineReader:
     """Standard input, one turn at a time; prompts are shown where a person types.
 
     A line that ends in a backslash goes on in the next; a text in triple quotes may have many lines.

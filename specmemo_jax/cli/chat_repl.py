@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from specmemo_jax.chat.session import ChatSession, ChatStream
 from specmemo_jax.chat.stats import ChatStats
-from specmemo_jax.cli.chat_input import Reader, Said
+from specmemo_jax.cli.chat_input import LineReader, Said
 from specmemo_jax.cli.failures import describe
 from specmemo_jax.cli.streaming import _stripped
 from specmemo_jax.errors import RequestError, SpecMemoError
@@ -40,7 +40,7 @@ class Repl:
 
     def __init__(self, session: ChatSession, params: SamplingParams, budget: int):
         self.session, self.budget, self._params = session, budget, params
-        self._reader, self._sink, self._asked = Reader(), Sink(None), 0
+        self._reader, self._sink, self._asked = LineReader(), Sink(None), 0
         self._commands: dict[str, Callable[[str], object]] = {
             "/help": lambda _: self._show(HELP),
             "/clear": self._clear,
@@ -58,7 +58,8 @@ class Repl:
         if self._reader.interactive:
             llm = self.session.llm
             notice(
-                f"{llm.name}, context of {llm.plan.context} tokens. /help lists the commands, Ctrl-D ends."
+                f"{llm.name}, context of {llm.plan.shapes.context} tokens. "
+                "/help lists the commands, Ctrl-D ends."
             )
         interrupted = False
         with self._sink:

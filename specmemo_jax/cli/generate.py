@@ -61,7 +61,7 @@ def generate(
     style: options.Style = options.Format.auto,
     stream: options.Stream = None,
 ) -> None:
-    """Answer one prompt or many.
+    """AnsweredTurn one prompt or many.
 
     Prompts are arguments, text files, a text on standard input, or JSONL. A line of JSONL is
     {"prompt": "text"}, {"prompt": [token ids]}, {"messages": [...]} or {"turns": [...]} (MT-Bench's
@@ -99,7 +99,7 @@ def generate(
         if stream is None:
             stream = bool(in_words and sink.is_terminal and max_batch == 1)
 
-        from specmemo_jax.cli.answers import Answer, answer, as_text, row
+        from specmemo_jax.cli.answers import AnsweredTurn, answer, as_text, row
         from specmemo_jax.cli.streaming import stream_answers
         from specmemo_jax.llm import LLM
 
@@ -119,7 +119,7 @@ def generate(
                 return
             with _bar(sum(map(len, params)), sink) as bar:
 
-                def emit(answer: Answer) -> None:
+                def emit(answer: AnsweredTurn) -> None:
                     if in_words:
                         sink.write(as_text(answer, headed=len(records) > 1))
                     else:

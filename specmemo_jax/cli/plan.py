@@ -126,9 +126,9 @@ def _prove(found: "MemoryPlan") -> "MemoryPlan":
         from specmemo_jax.devices.probe import backend_started
         from specmemo_jax.planning.prove import compile_target_for, prove
 
-        if found.shards > 1 and not backend_started():
-            jax.config.update("jax_num_cpu_devices", found.shards)
-        place = compile_target_for(found.device, found.dtype, found.shards)
+        if found.shapes.shards > 1 and not backend_started():
+            jax.config.update("jax_num_cpu_devices", found.shapes.shards)
+        place = compile_target_for(found.device, found.shapes.dtype, found.shapes.shards)
     on_terminal = sys.stderr.isatty()
     clear = "\r\x1b[K" if on_terminal else ""
 

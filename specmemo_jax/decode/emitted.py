@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from specmemo_jax.llama.kv import Leaf
-from specmemo_jax.memory.footprint import BURST, emitted_shape
-from specmemo_jax.memory.plan import MemoryPlan
+
+BURST = 8  # steps whose results wait on the device to be read
 
 
 @jax.tree_util.register_dataclass
@@ -28,10 +28,9 @@ class Emitted:
     slot: Leaf
 
 
-def init_emitted(plan: MemoryPlan) -> Emitted:
-    """Nothing yet."""
-    depth = 0 if plan.drafter is None else plan.drafter.max_depth
-    return Emitted(jnp.zeros(emitted_shape(plan.batch, depth), jnp.int32), jnp.zeros((), jnp.int32))
+def init_emitted(batch: int, depth: int) -> Emitted:
+    """Nothing yet; ``depth`` is the deepest tree's."""
+    return Emitted(jnp.zeros((BURST, batch, depth + 2), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def append(

@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Int
 from specmemo_jax.decode.accept import Accepted
 from specmemo_jax.decode.sampling import History, Sampling, empty_history, greedy_sampling
 from specmemo_jax.llama.kv import Leaf
-from specmemo_jax.memory.plan import MemoryPlan
+
+MAX_STOP_IDS = 8
 
 
 @jax.tree_util.register_dataclass
@@ -42,19 +43,19 @@ class Rows:
     history: History
 
 
-def init_rows(plan: MemoryPlan) -> Rows:
-    """The plan's rows, all empty and done."""
-    B = plan.batch
+def init_rows(batch: int, vocab_size: int) -> Rows:
+    """Rows that are all empty and done."""
+    B = batch
     return Rows(
         lengths=jnp.zeros((B,), jnp.int32),
         pending=jnp.zeros((B,), jnp.int32),
         done=jnp.ones((B,), bool),
         settings=Settings(
             left=jnp.zeros((B,), jnp.int32),
-            stop_ids=jnp.full((B, plan.max_stop_ids), -1, jnp.int32),
-            sampling=greedy_sampling(B, plan.max_bad_words),
+            stop_ids=jnp.full((B, MAX_STOP_IDS), -1, jnp.int32),
+            sampling=greedy_sampling(B),
         ),
-        history=empty_history(B, plan.config.vocab_size, plan.max_bad_words[1] - 1),
+        history=empty_history(B, vocab_size),
     )
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from specmemo_jax.llama.kv import Leaf
 
 BANNED = -jnp.inf
+MAX_BAD_WORDS = (16, 8)  # token sequences a row, and tokens of the longest
 OUTPUT = 2  # `History.seen` counts a token of the answer by this much; 1 says that the prompt has it
 
 
@@ -52,7 +53,7 @@ class History:
     recent: Leaf
 
 
-def plain_sampling(bad_words: tuple[int, int]) -> Sampling:
+def plain_sampling(bad_words: tuple[int, int] = MAX_BAD_WORDS) -> Sampling:
     """One row's settings that change nothing, on the host: greedy, no penalty, no bad word."""
     return Sampling(
         temperature=np.float32(0),
@@ -68,12 +69,12 @@ def plain_sampling(bad_words: tuple[int, int]) -> Sampling:
     )
 
 
-def greedy_sampling(batch: int, bad_words: tuple[int, int]) -> Sampling:
+def greedy_sampling(batch: int, bad_words: tuple[int, int] = MAX_BAD_WORDS) -> Sampling:
     """`plain_sampling` of every row."""
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (batch, *leaf.shape)), plain_sampling(bad_words))
 
 
-def empty_history(batch: int, vocab_size: int, recent: int) -> History:
+def empty_history(batch: int, vocab_size: int, recent: int = MAX_BAD_WORDS[1] - 1) -> History:
     """No token seen."""
     return History(jnp.zeros((batch, vocab_size), jnp.int32), jnp.full((batch, recent), -1, jnp.int32))
 

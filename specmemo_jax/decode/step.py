@@ -19,7 +19,7 @@ from specmemo_jax.decode.emitted import Emitted, append
 from specmemo_jax.decode.rows import Rows, Settings, advance
 from specmemo_jax.decode.sampling import History, choose, remember
 from specmemo_jax.decode.unbounded import choices_by_path, last_of_all_logits
-from specmemo_jax.draft.protocol import Drafter, State, View
+from specmemo_jax.draft.protocol import Drafter, State, TreeLimits, View
 from specmemo_jax.draft.tree import Tree, ancestor_mask, root_only
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.model import Llama, by_parts, forward, logits
@@ -52,23 +52,6 @@ class Chunking:
     logit_nodes: int | None = None
     prompt_logits: bool = False
     path_logits: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class TreeLimits:
-    """What is known of a drafter's trees while a program is traced; the fields are `Drafter`'s."""
-
-    verify_buckets: tuple[int, ...] = (1,)
-    max_depth: int = 0
-    max_leaves: int = 1
-    is_chain: bool = True
-
-    @classmethod
-    def of(cls, drafter: Drafter | None) -> "TreeLimits":
-        """The drafter's; of none, the root alone."""
-        if drafter is None:
-            return cls()
-        return cls(drafter.verify_buckets, drafter.max_depth, drafter.max_leaves, drafter.is_chain)
 
 
 def prefill_chunk(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from specmemo_jax.devices.probe import FoundGpu, backend_started, find_gpus
 from specmemo_jax.devices.table import Device, DeviceSpec, device_memory
 from specmemo_jax.errors import CapacityError, ConfigError
+from specmemo_jax.files.byte_size import format_bytes
 
 FRACTION = "XLA_CLIENT_MEM_FRACTION"
 OLDER_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -49,9 +50,10 @@ def limit_allocator(plan_bytes: int, device: DeviceSpec) -> float | None:
     needed = plan_bytes + device.reserve_bytes
     if needed > free:
         raise CapacityError(
-            f"the plan needs {_size(plan_bytes)} and the {device.platform} runtime "
-            f"{_size(device.reserve_bytes)}; {device.name} has {_size(free)} free of {_size(total)}; "
-            f"a memory budget of {_size(free)} or less, or ending what else runs there, would work"
+            f"the plan needs {format_bytes(plan_bytes)} and the {device.platform} runtime "
+            f"{format_bytes(device.reserve_bytes)}; {device.name} has "
+            f"{format_bytes(free)} free of {format_bytes(total)}; "
+            f"a memory budget of {format_bytes(free)} or less, or ending what else runs there, would work"
         )
     fraction = min(_fraction(plan_bytes, total), free / total)
     os.environ[FRACTION] = os.environ[_OURS] = f"{fraction:.6f}"
@@ -83,9 +85,10 @@ def check_allocator(plan_bytes: int, devices: Sequence[Device] | None = None) ->
             else "a larger device"
         )
         raise CapacityError(
-            f"the plan needs a pool of {_size(plan_bytes)}, and JAX started with one of {_size(smallest)}, "
-            f"which cannot change any more; {remedy}, or a memory budget smaller by "
-            f"{_size(plan_bytes - smallest)} would work"
+            f"the plan needs a pool of {format_bytes(plan_bytes)}, and JAX started with one of "
+            f"{format_bytes(smallest)}, which cannot change any more; "
+            f"{remedy}, or a memory budget smaller by "
+            f"{format_bytes(plan_bytes - smallest)} would work"
         )
     return smallest
 
@@ -133,12 +136,8 @@ def _check_fraction(fraction: float, plan_bytes: int, total: int) -> None:
     if pool < plan_bytes:
         wanted = _fraction(plan_bytes, total)
         raise CapacityError(
-            f"the plan needs a pool of {_size(plan_bytes)}, and the fraction {fraction:g} in the environment "
-            f"makes one of {_size(pool)} of the device's {_size(total)}; "
+            f"the plan needs a pool of {format_bytes(plan_bytes)}, and the fraction {fraction:g} in the "
+            f"environment makes one of {format_bytes(pool)} of the device's {format_bytes(total)}; "
             + (f"{FRACTION}={wanted:.3f}, or none, " if wanted <= 1 else "a larger device ")
-            + f"or a memory budget smaller by {_size(plan_bytes - pool)} would work"
+            + f"or a memory budget smaller by {format_bytes(plan_bytes - pool)} would work"
         )
-
-
-def _size(count: int) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"

@@ -14,10 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 from specmemo_jax.draft.protocol import Drafter
 from specmemo_jax.draft.tree import Tree
 from specmemo_jax.errors import ConfigError
+from specmemo_jax.llama.buffers import Cost
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.kv import Caches, NewKV
 from specmemo_jax.llama.model import Llama, forward, logits
-from specmemo_jax.memory.buffers import Cost
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,15 +12,13 @@ from specmemo_jax.draft.beam import BeamDrafter, TreeShape, beam_cost, beam_draf
 from specmemo_jax.draft.live_sets import beam_live_sets
 from specmemo_jax.draft.protocol import State, View
 from specmemo_jax.draft.tree import Tree
-from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama import kv
+from specmemo_jax.llama.buffers import Buffer, Cost, cache_buffer
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.kv import Groups, Leaf, RowAt
+from specmemo_jax.llama.live_sets import ForwardShape, LiveSet, attention, projections, until_commit
 from specmemo_jax.llama.model import forward
 from specmemo_jax.llama.packing import Target, abstract_model, abstract_target, merge
-from specmemo_jax.memory.buffers import Buffer, Cost, cache_buffer
-from specmemo_jax.memory.passes import ForwardShape, LiveSet, attention, projections, until_commit
-from specmemo_jax.memory.plan import PREFILL_CHUNKS, SLOTS
 
 
 @jax.tree_util.register_dataclass
@@ -61,13 +59,6 @@ class DraftModel(BeamDrafter):
     name: str = "draft model"
     room: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.max_depth + 1 >= min(PREFILL_CHUNKS):  # `observe` tells a prompt's chunk by its width
-            raise ConfigError(
-                f"a draft model looks at most {min(PREFILL_CHUNKS) - 2} levels ahead, "
-                f"{self.max_depth} were asked for; fewer tree nodes would work"
-            )
-
     @classmethod
     def of(cls, draft: Target, shape: TreeShape, vocab_size: int | None = None) -> "DraftModel":
         """A drafter of weights that are packed already."""
@@ -100,7 +91,7 @@ class DraftModel(BeamDrafter):
         """Of a row's own cache, in steps as the target's: for others XLA's GPU backend keeps a padded copy
         of every layer, for cuBLAS' tensor cores (8) or for products summed in parts (their number).
         """
-        return -(-(capacity + self.levels) // SLOTS) * SLOTS
+        return -(-(capacity + self.levels) // kv.SLOTS) * kv.SLOTS
 
     def _own(self, groups: Groups) -> Groups:
         return Groups(tuple((rows, self.slots(slots)) for rows, slots in groups))
@@ -171,7 +162,7 @@ class DraftModel(BeamDrafter):
         counts: Int[Array, " R"],
     ) -> State:
         """Read a prompt's chunk now; keep a step's few tokens for the next `propose`."""
-        if tokens.shape[1] > self.max_depth + 1:
+        if view.group is not None:
             return self._read(view, state, rows, tokens, starts, counts)
         # `propose` has read up to the pending token, the first of these.
         waiting = jnp.pad(tokens, ((0, 0), (0, self.levels)))[:, 1 : self.levels + 1]

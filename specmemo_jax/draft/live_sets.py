@@ -3,7 +3,7 @@
 import dataclasses
 
 from specmemo_jax.draft.beam import TreeShape
-from specmemo_jax.memory.passes import FULL, ForwardShape, LiveSet, array, attention, head, projections
+from specmemo_jax.llama.live_sets import FULL, ForwardShape, LiveSet, array, attention, head, projections
 
 
 def beam_live_sets(draft: ForwardShape, unread: int, shape: TreeShape) -> tuple[LiveSet, ...]:

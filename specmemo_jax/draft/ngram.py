@@ -19,9 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 from specmemo_jax.draft.protocol import Drafter, View
 from specmemo_jax.draft.tree import NO_TOKEN, Tree
 from specmemo_jax.errors import ConfigError
+from specmemo_jax.llama.buffers import Buffer
 from specmemo_jax.llama.kv import Groups, Leaf
-from specmemo_jax.memory.buffers import Buffer
-from specmemo_jax.memory.passes import FULL, ForwardShape, LiveSet, array
+from specmemo_jax.llama.live_sets import FULL, ForwardShape, LiveSet, array
 
 LEARNING_RATE = 0.125  # what the last match counts; a power of 2, so that hosts and devices round alike
 

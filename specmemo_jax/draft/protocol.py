@@ -9,12 +9,12 @@ from jaxtyping import Array, Int
 
 from specmemo_jax.draft.tree import Tree
 from specmemo_jax.errors import ConfigError
+from specmemo_jax.llama.buffers import Buffer, Cost
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.kv import Caches, Groups, RowAt
+from specmemo_jax.llama.live_sets import ForwardShape, LiveSet
 from specmemo_jax.llama.model import Llama
 from specmemo_jax.llama.packing import Target
-from specmemo_jax.memory.buffers import Buffer, Cost
-from specmemo_jax.memory.passes import ForwardShape, LiveSet
 
 State = Any  # a pytree of device arrays that lead with the batch axis, the drafter's own
 
@@ -170,3 +170,24 @@ class Drafter(abc.ABC):
         """
         size = self.temporary_bytes(target.config, target.rows, target.widest)
         return ((Buffer(f"{self.name} drafting", (size,), "bytes", size),),)
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeLimits:
+    """What is known of a drafter's trees before they are drafted; the fields are `Drafter`'s. As it stands,
+    the tree of plain decoding: the root alone.
+    """
+
+    num_nodes: int = 1
+    max_depth: int = 0
+    max_leaves: int = 1
+    is_chain: bool = True
+    verify_buckets: tuple[int, ...] = (1,)
+    tree_sizes: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, drafter: Drafter | None) -> "TreeLimits":
+        """The drafter's."""
+        if drafter is None:
+            return cls()
+        return cls(**{field.name: getattr(drafter, field.name) for field in dataclasses.fields(cls)})

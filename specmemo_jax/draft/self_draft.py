@@ -11,11 +11,11 @@ from specmemo_jax.draft.live_sets import beam_live_sets
 from specmemo_jax.draft.protocol import State, View
 from specmemo_jax.draft.tree import Tree
 from specmemo_jax.errors import ConfigError
+from specmemo_jax.llama.buffers import Cost
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.kv import Groups
+from specmemo_jax.llama.live_sets import ForwardShape, LiveSet
 from specmemo_jax.llama.packing import Target
-from specmemo_jax.memory.buffers import Cost
-from specmemo_jax.memory.passes import ForwardShape, LiveSet
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from specmemo_jax.decode.emitted import drain
+from specmemo_jax.decode.emitted import BURST, drain
 from specmemo_jax.decode.step import EngineState
 from specmemo_jax.draft.protocol import Drafter
 from specmemo_jax.engine.adaptive import TreeChooser
@@ -21,7 +21,6 @@ from specmemo_jax.engine.runner import Runner
 from specmemo_jax.engine.scoring import Scorer
 from specmemo_jax.errors import CapacityError
 from specmemo_jax.llama.packing import Target
-from specmemo_jax.memory.footprint import BURST
 from specmemo_jax.memory.plan import MemoryPlan
 
 # Steps of a program that are not timed: in them a GPU records its kernels as a graph, and XLA's CPU libraries
@@ -44,36 +43,39 @@ class Engine:
     def __init__(
         self,
         target: Target,
-        drafter: Drafter | None,
         plan: MemoryPlan,
         adaptive: bool = False,
         compiled: ProgramCache | None = None,
     ):
         self.target, self.adaptive = target, adaptive
+        drafter = plan.shapes.drafter
         self.draft_weights = () if drafter is None else drafter.weights(target)
         self.prefilled_tokens = self.moved_rows = 0
-        self._set_up(drafter, plan, compiled)
+        self._set_up(plan, compiled)
 
-    def _set_up(
-        self, drafter: Drafter | None, plan: MemoryPlan, compiled: ProgramCache | None = None
-    ) -> None:
-        self.drafter, self.plan = drafter, plan
-        self.runner = Runner(self.target, drafter, self.draft_weights, plan, compiled)
-        self.placement, self.scorer = Placement(plan), Scorer(self.runner)
-        adapts = self.adaptive and len(plan.tree_sizes) > 1
+    def _set_up(self, plan: MemoryPlan, compiled: ProgramCache | None = None) -> None:
+        self.plan, self.shapes = plan, plan.shapes
+        self.runner = Runner(self.target, self.draft_weights, self.shapes, compiled)
+        self.placement, self.scorer = Placement(self.shapes), Scorer(self.runner)
+        adapts = self.adaptive and len(self.shapes.tree_sizes) > 1
         # A GPU's step takes less than reading what it said: whole bursts are compared there.
         probe = BURST if self.runner.on_gpu else None
-        self.chooser = TreeChooser(plan.tree_sizes, plan.batch, probe) if adapts else None
+        self.chooser = TreeChooser(self.shapes.tree_sizes, self.shapes.batch, probe) if adapts else None
         self._step_seconds: dict[int, float] = {}  # of the last burst of each tree
         self._steps_run: Counter[jax.stages.Compiled] = Counter()
 
-    def replan(self, drafter: Drafter | None, plan: MemoryPlan) -> None:
-        """Go on with other shapes and an empty device state; the drafter is the old one, limited, or None."""
+    def replan(self, plan: MemoryPlan) -> None:
+        """Go on with other shapes and an empty device state; their drafter: the old one, limited, or None."""
         self.close()
         self.runner.programs.close()
-        if drafter is None:
+        if plan.shapes.drafter is None:
             self.draft_weights = ()
-        self._set_up(drafter, plan)
+        self._set_up(plan)
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """None for plain decoding."""
+        return self.shapes.drafter
 
     @property
     def rows(self) -> list[Request | None]:
@@ -108,12 +110,12 @@ class Engine:
         return state
 
     def _forget(self) -> None:
-        self.placement = Placement(self.plan)
+        self.placement = Placement(self.shapes)
         self.scorer.forget()
 
     def _reserve(self, tokens: int) -> None:
         if self.runner.reserve(tokens):
-            self.placement.kept = [None] * self.plan.batch
+            self.placement.kept = [None] * self.shapes.batch
 
     def committed(self, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Keys and values ``[K, positions, D]`` of a live row's committed positions, a layer each."""
@@ -125,7 +127,7 @@ class Engine:
         self, capacity: int, sampled: bool = False, nodes: int | None = None, record: bool = False
     ) -> jax.stages.Compiled:
         """`Programs.step`, compiled: ``f(leaves, draft_weights, state)``."""
-        nodes = self.plan.tree_nodes if nodes is None else nodes
+        nodes = self.shapes.tree_nodes if nodes is None else nodes
         return self.runner.program("recording step" if record else "step", nodes, sampled, 0, capacity)
 
     def prefill_program(
@@ -208,7 +210,7 @@ class Engine:
 
         Raises CapacityError where the plan has no room for scoring (`LLM`'s ``scoring``).
         """
-        if not self.plan.scoring:
+        if not self.shapes.scoring:
             raise CapacityError("the plan has no room for scoring; LLM(..., scoring=True) plans for it")
         self._reserve(len(ids))
         self.placement.kept[-1] = None
@@ -246,7 +248,7 @@ class Engine:
 
     def _choose(self, live: dict[int, Request], most: int, waiting: int) -> tuple[int, int]:
         """The next burst's tree, and its steps."""
-        nodes, steps = self.plan.tree_nodes, min(most, *map(self.placement.steps_left, live))
+        nodes, steps = self.shapes.tree_nodes, min(most, *map(self.placement.steps_left, live))
         if self.chooser is not None:
             nodes, steps = self.chooser.choose(steps, waiting)
         longest = max(request.left for request in live.values())
@@ -286,9 +288,11 @@ class Engine:
         rows = {self.placement.row_for(s.num_prompt) or 0 for s in requests}
         kinds = sorted({s.sampled for s in requests})
         steps = max(s.max_tokens for s in requests)
-        trees = self.chooser.ahead(steps) if self.chooser else (self.plan.tree_nodes,)
+        trees = self.chooser.ahead(steps) if self.chooser else (self.shapes.tree_nodes,)
         self._reserve(max(s.num_prompt for s in requests) + 1)
-        widths = {(width, s.sampled) for s in requests for _, width in chunk_starts(self.plan, s.num_prompt)}
+        widths = {
+            (width, s.sampled) for s in requests for _, width in chunk_starts(self.shapes, s.num_prompt)
+        }
         # Steps over empty rows, and prefill of a group's row as one that is done at once.
         wanted: set[tuple[Kind, int, bool, int]] = {
             *(("step", nodes, sampled, 0) for nodes in trees for sampled in kinds),
@@ -305,7 +309,7 @@ class Engine:
         programs.get_all(
             [*new, *(("step", later, nodes, sampled, 0) for sampled in kinds for nodes in trees)]
         )
-        nothing = settings_of(Request([0], 1), self.plan)
+        nothing = settings_of(Request([0], 1))
         for key, row in new.items():
             if key[0] == "step":
                 self.runner.run(programs.get(*key))

@@ -31,7 +31,7 @@ import specmemo_jax
 from specmemo_jax.devices.compiler import processor_hash
 from specmemo_jax.errors import CacheWarning
 from specmemo_jax.llama.packing import Target
-from specmemo_jax.memory.plan import MemoryPlan
+from specmemo_jax.memory.shapes import Shapes
 
 MOST_BYTES = 2**30  # of all executables; the ones that were used longest ago go first
 REPORTED = ("device", "workload", "expected", "bounds", "proof")  # of a plan, what no program depends on
@@ -50,21 +50,20 @@ class ExecutableStore:
         self._lock = threading.Lock()
 
     @classmethod
-    def in_folder(
-        cls, folder: Path | None, target: Target, drafter: Any, plan: MemoryPlan
-    ) -> "ExecutableStore | None":
+    def in_folder(cls, folder: Path | None, target: Target, shapes: Shapes) -> "ExecutableStore | None":
         """In ``folder``/executables; None without a folder or with one that is not safe, where the user has
         turned JAX's compilation cache off, and for a drafter that is not this package's own (its source is
         not known).
         """
         if folder is None or not jax.config.values["jax_enable_compilation_cache"]:
             return None
+        drafter = shapes.drafter
         if drafter is not None and type(drafter).__module__.split(".")[0] != "specmemo_jax":
             return None
         root = folder / "executables"
         if not _is_safe(root):
             return None
-        return cls(root, fingerprint_of(target, drafter, plan), jax.devices()[0])
+        return cls(root, fingerprint_of(target, shapes), jax.devices()[0])
 
     def load(self, name: str) -> jax.stages.Compiled | None:
         """The executable of that name; None where there is none that can be used."""
@@ -127,12 +126,11 @@ class ExecutableStore:
             total -= size
 
 
-def fingerprint_of(target: Target, drafter: Any, plan: MemoryPlan) -> str:
+def fingerprint_of(target: Target, shapes: Shapes) -> str:
     """What the plan's programs depend on, as a folder's name."""
     device = jax.devices()[0]
     told = {
-        "plan": _described(dataclasses.replace(plan, **dict.fromkeys(REPORTED))),
-        "drafter": _described(drafter),
+        "shapes": _described(shapes),
         "leaves": [(leaf.shape, str(leaf.dtype)) for leaf in target.leaves],
         "packages": {name: version(name) for name in PACKAGES},
         "source": source_hash(),

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from specmemo_jax.engine.request import Request
-from specmemo_jax.memory.plan import MemoryPlan
+from specmemo_jax.memory.shapes import Shapes
 
 UNBOUNDED = 2**31  # steps of a row of the widest group, which never outgrows it
 
@@ -15,11 +15,11 @@ class Placement:
     and whose keys and values are still in its cache, for a prompt that begins alike.
     """
 
-    def __init__(self, plan: MemoryPlan):
-        self.plan = plan
-        self._groups = plan.groups_at(plan.capacities[-1])
-        self.rows: list[Request | None] = [None] * plan.batch
-        self.kept: list[Request | None] = [None] * plan.batch
+    def __init__(self, shapes: Shapes):
+        self.shapes = shapes
+        self._groups = shapes.groups_at(shapes.capacities[-1])
+        self.rows: list[Request | None] = [None] * shapes.batch
+        self.kept: list[Request | None] = [None] * shapes.batch
 
     def group_of(self, row: int) -> int:
         """The group that a row is of."""
@@ -43,7 +43,7 @@ class Placement:
 
     def row_for(self, tokens: int) -> int | None:
         """The free row of the narrowest group that holds so many tokens and a step; None where none does."""
-        needed = min(tokens + self.plan.slack, self.plan.context) + self.plan.slack
+        needed = min(tokens + self.shapes.slack, self.shapes.context) + self.shapes.slack
         return next((row for row in self.free if self._groups.slots_of(row) >= needed), None)
 
     def put(self, row: int, request: Request) -> None:
@@ -69,8 +69,8 @@ class Placement:
         assert request is not None
         if self.group_of(row) == len(self._groups.sizes) - 1:
             return UNBOUNDED
-        room = self._groups.slots_of(row) - self.plan.slack - len(request.ids)
-        return max(0, room // self.plan.slack)
+        room = self._groups.slots_of(row) - self.shapes.slack - len(request.ids)
+        return max(0, room // self.shapes.slack)
 
     def outgrown(self) -> Iterator[tuple[int, int | None]]:
         """Rows whose requests have no room for a step, each with the free row of a wider group that has;

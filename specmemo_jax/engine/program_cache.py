@@ -25,22 +25,22 @@ BAR_AFTER = 0.5  # seconds of compiling that nobody needs to be told of
 
 def plan_keys(programs: Programs) -> Iterator[tuple[str, Key]]:
     """Every program of the plan at its largest capacity, by name."""
-    plan, S = programs.plan, programs.plan.capacities[-1]
+    shapes, S = programs.shapes, programs.shapes.capacities[-1]
     groups = [(0, "")]
-    if len(plan.groups) > 1:
-        groups = [(group, f" of {context}") for group, (_, context) in enumerate(plan.groups)]
+    if len(shapes.groups) > 1:
+        groups = [(group, f" of {context}") for group, (_, context) in enumerate(shapes.groups)]
     for sampled in (False, True):
         how = "sampled" if sampled else "greedy"
-        for nodes in plan.tree_sizes:
+        for nodes in shapes.tree_sizes:
             yield f"step {nodes}, {how}", ("step", S, nodes, sampled, 0)
-        for width, (group, which) in itertools.product(plan.chunks, groups):
+        for width, (group, which) in itertools.product(shapes.chunks, groups):
             yield f"prefill {width}{which}, {how}", ("prefill", S, width, sampled, group)
     if programs.drafter is not None:
-        for width, (group, which) in itertools.product(plan.chunks, groups):
+        for width, (group, which) in itertools.product(shapes.chunks, groups):
             yield f"catch up {width}{which}", ("catch up", S, width, False, group)
     for source, target in itertools.combinations(range(len(groups)), 2):
         yield f"move {source} to {target}", ("move", S, target, False, source)
-    for width in plan.chunks if plan.scoring else ():
+    for width in shapes.chunks if shapes.scoring else ():
         yield f"score {width}", ("score", S, width, False, 0)
     yield "restore", ("restore", S, 0, False, 0)
     yield "end", ("end", S, 0, False, 0)
@@ -48,7 +48,7 @@ def plan_keys(programs: Programs) -> Iterator[tuple[str, Key]]:
 
 def all_keys(programs: Programs) -> Iterator[tuple[str, Key]]:
     """`plan_keys` at every capacity of the plan, and the empty states."""
-    for capacity in programs.plan.capacities:
+    for capacity in programs.shapes.capacities:
         yield "empty state", ("empty state", capacity, 0, False, 0)
         for name, (kind, _, width, sampled, group) in plan_keys(programs):
             yield name, (kind, capacity, width, sampled, group)
@@ -135,7 +135,7 @@ class ProgramCache:
 
     def fill(self) -> None:
         """Have all of the plan's programs now."""
-        empty: list[Key] = [("empty state", S, 0, False, 0) for S in self._programs.plan.capacities]
+        empty: list[Key] = [("empty state", S, 0, False, 0) for S in self._programs.shapes.capacities]
         self.get_all([*empty, *(key for _, key in plan_keys(self._programs))])
 
     def lowered(self, kind: Kind, capacity: int, width: int, sampled: bool, group: int) -> jax.stages.Lowered:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from specmemo_jax.decode.emitted import init_emitted
-from specmemo_jax.decode.rows import Settings, init_rows
+from specmemo_jax.decode.rows import MAX_STOP_IDS, Settings, init_rows
 from specmemo_jax.decode.sampling import greedy_sampling
 from specmemo_jax.decode.score import score_chunk
 from specmemo_jax.decode.step import (
@@ -29,7 +29,7 @@ from specmemo_jax.devices.compiler import compiler_options
 from specmemo_jax.draft.protocol import Drafter
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.packing import Target, packed_axes
-from specmemo_jax.memory.plan import MemoryPlan
+from specmemo_jax.memory.shapes import Shapes
 from specmemo_jax.mesh.axes import placed, sharding
 
 STATE = 2  # the donated argument of every program: f(leaves, draft_weights, state, ...)
@@ -37,7 +37,7 @@ STATE = 2  # the donated argument of every program: f(leaves, draft_weights, sta
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Programs:
-    """What to lower: a ``target`` (shapes will do: `abstract_target`), a ``drafter``, a ``plan``.
+    """What to lower: a ``target`` (shapes will do: `abstract_target`), at the ``shapes`` of a plan.
 
     ``mesh``: devices to lower for, the target split over them and the drafter whole on each; None
     is the default device. Every program takes ``(leaves, draft_weights, state, ...)`` and donates
@@ -45,21 +45,25 @@ class Programs:
     """
 
     target: Target
-    drafter: Drafter | None
-    plan: MemoryPlan
+    shapes: Shapes
     mesh: Mesh | None = None
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """None for plain decoding."""
+        return self.shapes.drafter
 
     def empty_state(self, capacity: int) -> EngineState:
         """A new device state at ``capacity`` slots a row, fewer where its group has fewer: no row in it, the
         cache zeroed.
         """
-        config, groups = self.target.config, self.plan.groups_at(capacity)
+        config, groups = self.target.config, self.shapes.groups_at(capacity)
         heads, D = config.num_kv_heads, config.head_dim
         return EngineState(
             caches=kv.init_caches(config.num_layers, groups, heads, D, self._kv_dtype),
-            rows=init_rows(self.plan),
+            rows=init_rows(groups.rows, config.vocab_size),
             draft=() if self.drafter is None else self.drafter.init(groups),
-            emitted=init_emitted(self.plan),
+            emitted=init_emitted(groups.rows, self.shapes.trees.max_depth),
         )
 
     def abstract_state(self, capacity: int) -> EngineState:
@@ -95,7 +99,7 @@ class Programs:
         ``f(..., tokens, following, start, row) -> state, (log probability, likeliest)``.
         """
         tokens = jax.ShapeDtypeStruct((1, width), jnp.int32)
-        static = self.target, self.plan.score_nodes, self._group(-1)
+        static = self.target, self.shapes.score_nodes, self._group(-1)
         return self._lower(score_chunk, capacity, *static, inputs=(tokens, tokens, _scalar(), _scalar()))
 
     def move(self, capacity: int, source: int, target: int) -> jax.stages.Lowered:
@@ -104,7 +108,7 @@ class Programs:
         return self._lower(move, capacity, *static, inputs=(_scalar(), _scalar()))
 
     def _group(self, group: int) -> int:
-        return range(len(self.plan.groups_at(0).sizes))[group]
+        return range(len(self.shapes.groups_at(0).sizes))[group]
 
     def restore(self, capacity: int) -> jax.stages.Lowered:
         """Setting a row: ``f(..., row, length, pending, settings, seen, recent) -> state, None``."""
@@ -127,13 +131,13 @@ class Programs:
     @property
     def _kv_dtype(self) -> jnp.dtype:
         """The plan's, where it is not the weights' own (which another may stand in for, to be compiled)."""
-        return self.target.dtype if self.plan.kv_dtype == self.plan.dtype else jnp.dtype(self.plan.kv_dtype)
+        return self.target.dtype if self.shapes.kv_dtype is None else jnp.dtype(self.shapes.kv_dtype)
 
     @property
     def _layout(self) -> Chunking:
-        plan = self.plan
-        unbounded = plan.policy != "plan"
-        return Chunking(plan.score_nodes, plan.logit_nodes, plan.policy == "unbounded", unbounded)
+        shapes = self.shapes
+        whole = shapes.policy == "unbounded"
+        return Chunking(shapes.score_nodes, shapes.logit_nodes, whole, shapes.whole_prompts)
 
     def _limited(self, nodes: int | None) -> Drafter | None:
         if nodes == 1 or self.drafter is None:
@@ -141,8 +145,8 @@ class Programs:
         return self.drafter if nodes is None else self.drafter.limited(nodes)
 
     def _settings(self) -> Settings:
-        sampling = jax.eval_shape(lambda: greedy_sampling(1, self.plan.max_bad_words))
-        stop_ids = jax.ShapeDtypeStruct((self.plan.max_stop_ids,), jnp.int32)
+        sampling = jax.eval_shape(lambda: greedy_sampling(1))
+        stop_ids = jax.ShapeDtypeStruct((MAX_STOP_IDS,), jnp.int32)
         of_a_row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), sampling)
         return Settings(_scalar(), stop_ids, of_a_row)
 

@@ -6,19 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from specmemo_jax.decode.rows import Settings
-from specmemo_jax.decode.sampling import plain_sampling
+from specmemo_jax.decode.rows import MAX_STOP_IDS, Settings
+from specmemo_jax.decode.sampling import MAX_BAD_WORDS, plain_sampling
 from specmemo_jax.engine.request import Request, history_of
 from specmemo_jax.engine.runner import Runner
-from specmemo_jax.memory.plan import MemoryPlan
+from specmemo_jax.memory.shapes import Shapes
 
 WHOLE_PROMPT = 64  # the multiple that a prompt read in one piece is padded to
 
 
 def prefill(runner: Runner, row: int, request: Request, ids: Sequence[int], begin: int) -> int:
     """Read ``ids`` from position ``begin`` on into a row; the token that follows them."""
-    first, group = None, runner.plan.groups_at(0).place(row)[0]
-    settings = settings_of(request, runner.plan)
+    first, group = None, runner.shapes.groups_at(0).place(row)[0]
+    settings = settings_of(request)
     for start, width in chunks_within(runner, row, begin, len(ids)):
         program = runner.program("prefill", width, request.sampled, group)
         first = runner.run(program, *chunk_of(ids[start : start + width], width, start, row), settings)
@@ -28,7 +28,7 @@ def prefill(runner: Runner, row: int, request: Request, ids: Sequence[int], begi
 
 def observe(runner: Runner, row: int, ids: Sequence[int], begin: int, end: int) -> None:
     """Tell the drafter of committed tokens that it has not observed: positions ``begin`` to ``end``."""
-    group = runner.plan.groups_at(0).place(row)[0]
+    group = runner.shapes.groups_at(0).place(row)[0]
     for start, width in chunks_within(runner, row, begin, end):
         inputs = chunk_of(ids[start : min(start + width, end)], width, start, row)
         runner.run(runner.program("catch up", width, group=group), *inputs)
@@ -38,22 +38,22 @@ def restore(runner: Runner, row: int, request: Request, kept: int | None = None)
     """Set what the device knows of a row whose cache holds a request: all of it but the pending token, or
     only the first ``kept`` positions of a prompt that is read on from there.
     """
-    plan, ids = runner.plan, request.ids
+    ids = request.ids
     prompt, answer = ids[: request.num_prompt], request.new_ids
     length, left = request.num_cached, request.left
     if kept is not None:
         prompt, answer, length, left = ids[:kept], [], kept, request.max_tokens
-    settings = dataclasses.replace(settings_of(request, plan), left=np.int32(left))
+    settings = dataclasses.replace(settings_of(request), left=np.int32(left))
     inputs = (np.int32(row), np.int32(length), np.int32(ids[length]), settings)
-    history = history_of(prompt, answer, runner.target.config.vocab_size, plan.max_bad_words[1] - 1)
+    history = history_of(prompt, answer, runner.target.config.vocab_size, MAX_BAD_WORDS[1] - 1)
     runner.run(runner.program("restore"), *inputs, *history)
 
 
-def settings_of(request: Request, plan: MemoryPlan) -> Settings:
+def settings_of(request: Request) -> Settings:
     """A request's settings as the device has them."""
-    stops = np.full((plan.max_stop_ids,), -1, np.int32)
+    stops = np.full((MAX_STOP_IDS,), -1, np.int32)
     stops[: len(request.stop_ids)] = request.stop_ids
-    sampling = request.sampling or plain_sampling(plan.max_bad_words)
+    sampling = request.sampling or plain_sampling()
     return Settings(np.int32(request.max_tokens), stops, sampling)
 
 
@@ -62,22 +62,22 @@ def chunks_within(runner: Runner, row: int, begin: int, end: int) -> list[tuple[
     hang over the end of the row's slots begins earlier, and reads some positions again; as wide as the row
     is none but the first, because position 0 is where a row starts anew.
     """
-    slots, plan = runner.slots_of(row), runner.plan
-    if begin and not plan.whole_prompts and plan.chunks[0] == slots:
-        chunks = [(offset, plan.chunks[-1]) for offset in range(0, end - begin, plan.chunks[-1])]
+    slots, shapes = runner.slots_of(row), runner.shapes
+    if begin and not shapes.whole_prompts and shapes.chunks[0] == slots:
+        chunks = [(offset, shapes.chunks[-1]) for offset in range(0, end - begin, shapes.chunks[-1])]
     else:
-        chunks = chunk_starts(plan, end - begin)
+        chunks = chunk_starts(shapes, end - begin)
     return [(min(begin + offset, slots - width), width) for offset, width in chunks]
 
 
-def chunk_starts(plan: MemoryPlan, length: int) -> list[tuple[int, int]]:
+def chunk_starts(shapes: Shapes, length: int) -> list[tuple[int, int]]:
     """``(offset, width)`` of the chunks that cover so many tokens: large ones first, the rest in small ones.
 
     Three or more small chunks are worth one large one.
     """
-    if plan.whole_prompts:
+    if shapes.whole_prompts:
         return [(0, -(-length // WHOLE_PROMPT) * WHOLE_PROMPT)] if length else []
-    large, small = plan.chunks[0], plan.chunks[-1]
+    large, small = shapes.chunks[0], shapes.chunks[-1]
     found, start = [], 0
     while start < length:
         width = large if length - start > 3 * small or large == small else small

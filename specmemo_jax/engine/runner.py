@@ -7,12 +7,11 @@ import jax
 import numpy as np
 
 from specmemo_jax.decode.step import EngineState
-from specmemo_jax.draft.protocol import Drafter
 from specmemo_jax.engine.program_cache import Kind, ProgramCache
 from specmemo_jax.engine.programs import Programs
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.packing import Target
-from specmemo_jax.memory.plan import MemoryPlan
+from specmemo_jax.memory.shapes import Shapes
 
 
 class Runner:
@@ -24,13 +23,12 @@ class Runner:
     def __init__(
         self,
         target: Target,
-        drafter: Drafter | None,
         draft_weights: Any,
-        plan: MemoryPlan,
+        shapes: Shapes,
         programs: ProgramCache | None = None,
     ):
-        self.target, self.drafter, self.draft_weights, self.plan = target, drafter, draft_weights, plan
-        self.lowering = Programs(target, drafter, plan)
+        self.target, self.draft_weights, self.shapes = target, draft_weights, shapes
+        self.lowering = Programs(target, shapes)
         self.programs = ProgramCache(self.lowering) if programs is None else programs
         self.state: EngineState | None = None
 
@@ -46,7 +44,7 @@ class Runner:
 
     def slots_of(self, row: int) -> int:
         """Cache slots of one row at the moment."""
-        return self.plan.groups_at(self.capacity).slots_of(row)
+        return self.shapes.groups_at(self.capacity).slots_of(row)
 
     def close(self) -> None:
         """Free the device state."""
@@ -73,8 +71,8 @@ class Runner:
 
     def capacity_for(self, tokens: int) -> int:
         """Slots a row of so many tokens needs: the smallest planned capacity, and never less than now."""
-        slots = max(min(tokens, self.plan.context) + self.plan.slack, self.plan.chunks[0])
-        return max(self.plan.capacity_for(slots), self.capacity)
+        slots = max(min(tokens, self.shapes.context) + self.shapes.slack, self.shapes.chunks[0])
+        return max(self.shapes.capacity_for(slots), self.capacity)
 
     def reserve(self, tokens: int) -> bool:
         """Make room for ``tokens`` a row; on CPU the cache grows through the plan's capacities. Whether the
@@ -86,13 +84,13 @@ class Runner:
             return True
         if capacity > self.capacity:
             state, self.state = self.state, None
-            self.state = grown(state, self.drafter, self.plan, capacity)
+            self.state = grown(state, self.shapes, capacity)
         return False
 
     def committed(self, row: int, positions: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Keys and values ``[K, positions, D]`` of a row's first positions, a layer each."""
         assert self.state is not None
-        group, first = self.plan.groups_at(self.capacity).place(row)
+        group, first = self.shapes.groups_at(self.capacity).place(row)
 
         def own(leaf: Any) -> np.ndarray:
             # Cut by NumPy: JAX would compile a cut for each length.
@@ -111,8 +109,8 @@ class Runner:
         return sum(leaf.nbytes for leaf in arrays) + self.programs.most_extra_bytes(self.capacity)
 
 
-def grown(state: EngineState, drafter: Drafter | None, plan: MemoryPlan, capacity: int) -> EngineState:
+def grown(state: EngineState, shapes: Shapes, capacity: int) -> EngineState:
     """The state with more slots a row: the drafter's part first, then the caches, layer by layer."""
-    groups = plan.groups_at(capacity)
+    groups, drafter = shapes.groups_at(capacity), shapes.drafter
     draft = state.draft if drafter is None else drafter.grow(state.draft, groups)
     return dataclasses.replace(state, caches=kv.grow(state.caches, groups), draft=draft)

@@ -25,7 +25,7 @@ class Scorer:
         """Of each token from position ``begin`` on, its natural log probability after those before it, and
         whether it is the likeliest there.
         """
-        runner, row, last = self._runner, self._runner.plan.batch - 1, len(ids) - 1
+        runner, row, last = self._runner, self._runner.shapes.batch - 1, len(ids) - 1
         kept = min(common_prefix(self._read, ids), begin - 1)
         self._read = []
         found, likeliest = np.zeros(len(ids)), np.zeros(len(ids), bool)

@@ -12,6 +12,14 @@ _UNITS = {"": 1, "b": 1} | {
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
+def format_bytes(size: int) -> str:
+    """Bytes in the unit that suits them: ``12.55 GiB``."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(size) >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size} B"
+
+
 def parse_bytes(value: int | str) -> int:
     """``"1.5GiB"``, ``"800 MB"`` or a number of bytes, as bytes. Raises ConfigError unless positive."""
     if isinstance(value, int) and not isinstance(value, bool):

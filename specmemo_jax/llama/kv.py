@@ -22,6 +22,7 @@ NewKV = tuple[tuple[Leaf, Leaf], ...]
 RowAt = tuple[int, Int[Array, ""]]  # a row among all, and before it the group that it is of
 # Logical axes of each buffer, as parameters carry theirs in their metadata.
 KV_AXES = ("batch", "kv_heads", "context", "head_dim")
+SLOTS = 64  # a row's cache slots are multiples of it
 _MOST = 127  # of int8, so that a range is symmetric
 
 

@@ -245,10 +245,10 @@ def recorded(engine: Engine, request: Request) -> tuple[list[int], list[Proposal
     """
     engine.admit(0, request)
     ids, end, trees = request.ids, request.num_prompt + request.max_tokens, []
-    now, state = engine.capacity, engine.take_state()
-    capacity = max(now, engine.plan.capacity_for(min(end, engine.plan.context) + engine.plan.slack))
+    now, state, shapes = engine.capacity, engine.take_state(), engine.shapes
+    capacity = max(now, shapes.capacity_for(min(end, shapes.context) + shapes.slack))
     if capacity > now:
-        state = grown(state, engine.drafter, engine.plan, capacity)
+        state = grown(state, shapes, capacity)
     step = engine.step_program(capacity, record=True)
     while len(ids) < end and ids[-1] not in request.stop_ids:
         state, tree = step(engine.target.leaves, engine.draft_weights, state)

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from specmemo_jax.checkpoints.open import OpenModel, open_model
+from specmemo_jax.decode.rows import MAX_STOP_IDS
 from specmemo_jax.devices.quiet import live_devices
 from specmemo_jax.devices.table import default_dtype, live_device
 from specmemo_jax.draft import Drafter, NgramDrafter, default_shape, is_model_name, make_drafter
@@ -19,10 +20,12 @@ from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.request import Request
 from specmemo_jax.errors import ConfigError, RequestError
 from specmemo_jax.files.prompts import PromptRecord, read_prompts
+from specmemo_jax.llama.kv import SLOTS
 from specmemo_jax.llama.packing import Target, pack
 from specmemo_jax.measure.acceptance import Answer, Proposal, measure_ngram, profile_of_steps, recorded
-from specmemo_jax.measure.timing import Grid, Progress, measure
-from specmemo_jax.memory.plan import SLOTS, lay_out, make_plan
+from specmemo_jax.measure.timing import Grid, StepProgress, measure
+from specmemo_jax.memory.plan import lay_out
+from specmemo_jax.memory.shapes import Shapes
 from specmemo_jax.planning.cache_effect import KV_DTYPE, NAME, CacheEffect
 from specmemo_jax.planning.calibration import Calibration, Fingerprint
 from specmemo_jax.planning.profile import AcceptanceProfile, profile_file, user_folder
@@ -61,7 +64,7 @@ def open_setup(
     return Setup(opened, pack(opened.config, opened.tensors(), chosen, device), found)
 
 
-def calibrate(setup: Setup, grid: Grid | None = None, progress: Progress = lambda _: None) -> Calibration:
+def calibrate(setup: Setup, grid: Grid | None = None, progress: StepProgress = lambda _: None) -> Calibration:
     """Time ``setup`` on this device (see `specmemo_jax.measure.timing`); `Calibration.save` keeps it."""
     return measure(setup.target, setup.drafter, setup.fingerprint, grid or Grid(), progress)
 
@@ -131,7 +134,7 @@ def measure_cache(
         answers = [answer for answer, _ in _run(setup, _drafter(setup), prompts, None, max_tokens, limit)]
     else:
         answers = known[:limit]
-    config, target = setup.opened.config, setup.target
+    config, target, dtype = setup.opened.config, setup.target, setup.target.dtype.name
     longest = min(config.max_context, -(-max(len(answer.ids) for answer in answers) // SLOTS) * SLOTS)
     tokens = same = same_answers = 0
     with contextlib.ExitStack() as stack:
@@ -140,15 +143,7 @@ def measure_cache(
                 contextlib.closing(
                     Engine(
                         target,
-                        None,
-                        lay_out(
-                            config,
-                            dtype=target.dtype,
-                            platform=target.platform,
-                            batch=1,
-                            context=longest,
-                            kv_dtype=kv_dtype,
-                        ),
+                        lay_out(Shapes(config, dtype, target.platform, longest, kv_dtype=kv_dtype)),
                     )
                 )
             )
@@ -230,15 +225,15 @@ def _run(
 ) -> Iterator[tuple[Answer, list[Proposal]]]:
     """Answer every turn of every prompt through the recording step."""
     config, target = setup.opened.config, setup.target
-    plan = make_plan(config, dtype=target.dtype, platform=target.platform, drafter=drafter)
-    engine = Engine(target, drafter, plan)
+    shapes = Shapes(config, target.dtype.name, target.platform, config.max_context, drafter=drafter)
+    engine = Engine(target, lay_out(shapes))
     stop = setup.opened.generation_defaults.eos_token_ids or config.eos_token_ids
-    stop = stop[: plan.max_stop_ids]
+    stop = stop[:MAX_STOP_IDS]
 
     def answer(ids: Sequence[int], tokens: int, place: str) -> tuple[Answer, list[Proposal]]:
-        if len(ids) + tokens > plan.context:
+        if len(ids) + tokens > shapes.context:
             raise RequestError(
-                f"{place}: {len(ids)} tokens and {tokens} new ones, the context holds {plan.context}"
+                f"{place}: {len(ids)} tokens and {tokens} new ones, the context holds {shapes.context}"
             )
         found, steps = recorded(engine, Request(ids, tokens, stop))
         return Answer(tuple(ids), tuple(found)), steps

@@ -26,7 +26,8 @@ from specmemo_jax.engine.request import Request
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.kv import Groups
 from specmemo_jax.llama.packing import Target
-from specmemo_jax.memory.plan import make_plan
+from specmemo_jax.memory.plan import lay_out
+from specmemo_jax.memory.shapes import Shapes
 from specmemo_jax.planning.calibration import (
     Calibration,
     DraftPoint,
@@ -36,7 +37,7 @@ from specmemo_jax.planning.calibration import (
 )
 from specmemo_jax.planning.speed import pass_cost
 
-Progress = Callable[[str], object]
+StepProgress = Callable[[str], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ def measure(
     drafter: Drafter | None,
     fingerprint: Fingerprint,
     grid: Grid,
-    progress: Progress = lambda _: None,
+    progress: StepProgress = lambda _: None,
 ) -> Calibration:
     """Time everything in ``grid`` for ``target`` and ``drafter`` on the device they lie on.
 
@@ -127,7 +128,7 @@ def measure(
         cases["step", batch, capacity, nodes] = _step_case(
             engines[batch], program, states, (batch, capacity), grid.repeats
         )
-    chunks = engines[1].plan.chunks
+    chunks = engines[1].plan.shapes.chunks
     for chunk in chunks:
         cases["prefill", chunk] = _prefill_case(engines[1], chunk)
     if drafter is not None:
@@ -180,11 +181,9 @@ def _calibration(
 
 def _engine(target: Target, drafter: Drafter, batch: int, capacity: int) -> Engine:
     """An engine whose prompts lie in a cache of ``capacity`` slots."""
-    plan = make_plan(
-        target.config, dtype=target.dtype, platform=target.platform, batch=batch,
-        context=min(capacity, target.config.max_context), drafter=drafter,
-    )  # fmt: skip
-    return Engine(target, drafter, dataclasses.replace(plan, capacities=(capacity,)))
+    context = min(capacity, target.config.max_context)
+    shapes = Shapes(target.config, target.dtype.name, target.platform, context, batch, drafter)
+    return Engine(target, lay_out(dataclasses.replace(shapes, capacities=(capacity,))))
 
 
 def part_filled(engine: Engine, capacity: int) -> EngineState:

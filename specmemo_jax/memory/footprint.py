@@ -1,6 +1,6 @@
 """The memory of generation in theory: every persistent buffer exactly, each program's peak of temporaries.
 
-Pure arithmetic over shapes; nothing is traced or compiled. ``docs/memory-model.md`` derives every term,
+Arithmetic over shapes; no program is traced or compiled. ``docs/memory-model.md`` derives every term,
 and ``scripts/check_memory_model.py`` holds the sums against the compiler.
 """
 
@@ -8,12 +8,18 @@ import dataclasses
 import functools
 import math
 
+import jax
+
+from specmemo_jax.decode.emitted import init_emitted
+from specmemo_jax.decode.rows import init_rows
+from specmemo_jax.decode.score import SCORED_NODES
+from specmemo_jax.devices.table import DeviceSpec
+from specmemo_jax.draft.protocol import Drafter, TreeLimits
+from specmemo_jax.llama.buffers import Buffer, cache_buffer
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.kv import Groups
-from specmemo_jax.memory.buffers import Buffer, cache_buffer
-from specmemo_jax.memory.passes import (
+from specmemo_jax.llama.live_sets import (
     FULL,
-    DraftCost,
     ForwardShape,
     LiveSet,
     array,
@@ -23,16 +29,13 @@ from specmemo_jax.memory.passes import (
     projections,
     until_commit,
 )
+from specmemo_jax.memory.shapes import Shapes
 
 WEIGHTS = "target weights"
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 GPU_ALIGNMENT = 256  # bytes to which XLA's and CUDA's allocators round every buffer
 # What a compiler may do otherwise than the theory says: a share of the generation memory, and bytes.
 MARGIN_SHARE, MARGIN_LEAST = 1 / 128, 2**20
-SCORED_NODES = 8  # whose logits exist at once where given tokens are scored
-BURST = 8  # steps whose results wait on the device to be read
-MAX_STOP_IDS = 8
-MAX_BAD_WORDS = (16, 8)  # token sequences a row, and tokens of the longest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,78 +81,52 @@ class Footprint:
         return self.reserve + self.weights_bytes + self.generation_bytes
 
 
-def footprint(
-    config: LlamaConfig,
-    drafter: DraftCost | None,
-    *,
-    dtype: str,
-    platform: str,
-    groups: Groups,
-    chunks: tuple[int, ...],
-    tree_sizes: tuple[int, ...] = (1,),
-    shards: int = 1,
-    kv_dtype: str | None = None,
-    score_nodes: int | None = None,
-    logit_nodes: int | None = None,
-    policy: str = "plan",
-    scoring: bool = False,
-    compute_capability: str | None = None,
-    reserve: int = 0,
-) -> Footprint:
-    """Price a plan's shapes on one of ``shards`` devices.
+def footprint(shapes: Shapes, device: DeviceSpec | None = None) -> Footprint:
+    """Price a plan's shapes on one of its devices, at the largest capacity.
 
-    Args:
-        config: the target's.
-        drafter: what proposes, with its own buffers and temporaries; None for plain decoding.
-        dtype: of the weights, and of the cache where ``kv_dtype`` (else ``"int8"``) is None.
-        platform: ``"cpu"`` or ``"gpu"``.
-        groups: B rows and their S cache slots.
-        chunks: prefill widths C.
-        tree_sizes: sizes of tree that a step is compiled for, 1 (plain decoding) and the drafter's.
-        shards: devices that split the target; the drafter is whole on each.
-        score_nodes: most nodes whose attention scores exist at once, None for all.
-        logit_nodes: most nodes whose logits exist at once, None for all.
-        policy: ``"plan"``; ``"unbounded"`` and ``"unbounded-last-row"`` price the baselines.
-        scoring: given tokens are scored, too.
-        compute_capability: of a CUDA device, ``"8.0"``; None prices the worse of what a GPU may do.
-        reserve: bytes the platform takes before anything is allocated.
+    ``device`` adds its runtime's reserve, and says what compiles for a GPU; None prices the worse of what a
+    GPU may do.
     """
-    item = ITEM_BYTES[dtype]
+    config, drafter, groups = shapes.config, shapes.drafter, shapes.groups_at(shapes.capacities[-1])
     buffers = (
-        weights(config, dtype, shards),
-        *state(config, kv_dtype or dtype, groups, shards),
-        emitted(groups.rows, 0 if drafter is None else drafter.max_depth),
+        weights(config, shapes.dtype, shapes.shards),
+        *state(config, shapes.cache_dtype, groups, shapes.shards),
+        emitted(groups.rows, shapes.trees.max_depth),
         *(() if drafter is None else drafter.buffers(groups)),
     )
-    if platform != "cpu":
-        leaves = (4 if kv_dtype == "int8" else 2) * config.num_layers * len(groups.sizes)
+    quantized = shapes.cache_dtype == "int8"
+    if shapes.platform != "cpu":
+        leaves = (4 if quantized else 2) * config.num_layers * len(groups.sizes)
         leaves += 24 + (8 if drafter is None else 64)
         buffers += (Buffer("alignment", (leaves,), "padding", leaves * GPU_ALIGNMENT),)
 
     programs: dict[str, ProgramFootprint] = {}
-    for backend in backends(platform, compute_capability):
+    for backend in backends(shapes.platform, None if device is None else device.compute_capability):
         base = ForwardShape(
             config,
-            item,
+            ITEM_BYTES[shapes.dtype],
             backend,
             groups.rows,
             1,
             -(-groups.total // groups.rows),
-            score_nodes=score_nodes,
-            shards=shards,
-            quantized=kv_dtype == "int8",
+            score_nodes=shapes.score_nodes,
+            shards=shapes.shards,
+            quantized=quantized,
             most=groups.most,
         )
-        found = [_step(base, _limited(drafter, nodes), logit_nodes, policy) for nodes in tree_sizes]
-        found += [_prefill(base, drafter, width, policy) for width in chunks]
-        found += [_score(base, width) for width in chunks if scoring]
+        found = [_step(base, _limited(drafter, nodes), shapes) for nodes in shapes.tree_sizes]
+        found += [_prefill(base, drafter, width, shapes.policy) for width in shapes.chunks]
+        found += [_score(base, width) for width in shapes.chunks if shapes.scoring]
         for program in found:
             known = programs.get(program.name)
             programs[program.name] = program if known is None else max(known, program, key=lambda p: p.bytes)
     if len(groups.sizes) > 1:
-        programs["move"] = _move(config, shards, drafter, groups)
+        programs["move"] = _move(shapes, groups)
     kept_bytes = sum(buffer.bytes for buffer in buffers if buffer.name != WEIGHTS)
-    return Footprint(buffers, tuple(_with_margin(p, kept_bytes) for p in programs.values()), reserve)
+    priced = [_with_margin(program, kept_bytes) for program in programs.values()]
+    if len(shapes.capacities) > 1:
+        priced.append(_growth(shapes, shapes.groups_at(shapes.capacities[-2])))
+    return Footprint(buffers, tuple(priced), 0 if device is None else device.reserve_bytes)
 
 
 def _with_margin(program: ProgramFootprint, persistent: int) -> ProgramFootprint:
@@ -157,32 +134,27 @@ def _with_margin(program: ProgramFootprint, persistent: int) -> ProgramFootprint
     return ProgramFootprint(program.name, (*program.terms, Buffer("margin", (), "padding", margin)))
 
 
-def _limited(drafter: DraftCost | None, nodes: int) -> DraftCost | None:
+def _limited(drafter: Drafter | None, nodes: int) -> Drafter | None:
     return None if drafter is None or nodes == 1 else drafter.limited(nodes)
 
 
-def _step(
-    base: ForwardShape, drafter: DraftCost | None, logit_nodes: int | None, policy: str
-) -> ProgramFootprint:
+def _step(base: ForwardShape, drafter: Drafter | None, shapes: Shapes) -> ProgramFootprint:
     """Draft, verify, accept, commit: what is drafted with has gone when the target runs, and of the widths
     that one program can verify one runs.
     """
-    nodes, verify_buckets = (1, (1,)) if drafter is None else (drafter.num_nodes, drafter.verify_buckets)
-    peaks = [live for width in verify_buckets for live in _verify(base, drafter, width, logit_nodes, policy)]
+    trees = TreeLimits.of(drafter)
+    peaks = [live for width in trees.verify_buckets for live in _verify(base, trees, width, shapes)]
     if drafter is not None:
-        peaks += drafter.live_sets(
-            dataclasses.replace(base, nodes=nodes, in_order=drafter is None or drafter.is_chain), None
-        )
-    return _program(f"step {nodes}", peaks, _results(base.config))
+        drafting = dataclasses.replace(base, nodes=trees.num_nodes, in_order=trees.is_chain)
+        peaks += drafter.live_sets(drafting, None)
+    return _program(f"step {trees.num_nodes}", peaks, _results(base.config))
 
 
-def _verify(
-    base: ForwardShape, drafter: DraftCost | None, nodes: int, logit_nodes: int | None, policy: str
-) -> list[LiveSet]:
+def _verify(base: ForwardShape, trees: TreeLimits, nodes: int, shapes: Shapes) -> list[LiveSet]:
     """Live sets of verification: attention, products, the commit, and the logits by `Chunking`."""
     config, batch = base.config, base.rows
-    depth = 0 if drafter is None else drafter.max_depth
-    verify = dataclasses.replace(base, nodes=nodes, in_order=drafter is None or drafter.is_chain)
+    depth, logit_nodes = trees.max_depth, shapes.logit_nodes
+    verify = dataclasses.replace(base, nodes=nodes, in_order=trees.is_chain)
     kv_heads, D = verify.heads[1], config.head_dim
     item = 1 if base.quantized else base.itemsize
     length = D + FULL if base.quantized else D
@@ -191,19 +163,17 @@ def _verify(
     by_parts = logit_nodes is not None and logit_nodes < nodes
     peaks += head(verify, batch * (logit_nodes if by_parts and logit_nodes else nodes), False, batch)
     *others, drawing = head(verify, batch * (1 if by_parts else nodes), True, batch)
-    if (
-        drafter is not None and len(drafter.verify_buckets) > 1
-    ):  # the branch that runs updates a copy, and copies it
+    if len(trees.verify_buckets) > 1:  # the branch that runs updates a copy, and copies it
         columns = -(-config.vocab_size // base.shards)
         drawing = (*drawing, array("seen tokens of the branch", (2, batch, columns), FULL, "int32"))
     peaks += (*others, drawing)
-    if policy == "unbounded" and drafter is not None:
-        paths = array("logits by path", (batch, drafter.max_leaves, depth + 1, config.vocab_size), FULL)
+    if shapes.policy == "unbounded" and trees.num_nodes > 1:
+        paths = array("logits by path", (batch, trees.max_leaves, depth + 1, config.vocab_size), FULL)
         peaks += [(*live, paths) for live in head(verify, batch * nodes, False, batch)]
     return peaks
 
 
-def _prefill(base: ForwardShape, drafter: DraftCost | None, width: int, policy: str) -> ProgramFootprint:
+def _prefill(base: ForwardShape, drafter: Drafter | None, width: int, policy: str) -> ProgramFootprint:
     """A chunk of one row. The drafter reads it in the same program, unordered, so both may live."""
     config = base.config
     read = dataclasses.replace(base, rows=1, nodes=width, slots=base.widest, gathered=base.rows > 1)
@@ -235,16 +205,37 @@ def _score(base: ForwardShape, width: int) -> ProgramFootprint:
     return _program(f"score {width}", peaks, (inputs, *_results(base.config)))
 
 
-def _move(config: LlamaConfig, shards: int, drafter: DraftCost | None, groups: Groups) -> ProgramFootprint:
+def _move(shapes: Shapes, groups: Groups) -> ProgramFootprint:
     """A row's copy between groups: caches from buffer to buffer, settings and the drafter's state by way
     of a row's copy.
     """
-    rows = [array("seen tokens of a row", (-(-config.vocab_size // shards),), FULL, "int32")]
+    config, drafter = shapes.config, shapes.drafter
+    rows = [array("seen tokens of a row", (-(-config.vocab_size // shapes.shards),), FULL, "int32")]
     for buffer in () if drafter is None else drafter.buffers(groups):
         if buffer.kind == "state":
             size = -(-buffer.bytes // groups.rows)
             rows.append(Buffer(f"a row of {buffer.name}", buffer.shape[1:], buffer.dtype, size))
     return _program("move", [tuple(rows)], _results(config))
+
+
+def _growth(shapes: Shapes, groups: Groups) -> ProgramFootprint:
+    """Growing to the last capacity from ``groups``: what is old beside what is new, of caches a layer at a
+    time (`llama.kv.grow`), the drafter's state before the target's.
+    """
+    config, dtype = shapes.config, shapes.cache_dtype
+    rows, slots = max(groups, key=math.prod)
+    shape = (2, rows, config.num_kv_heads // shapes.shards, slots, config.head_dim)
+    scale = FULL if dtype == "int8" else 0  # a vector's, beside its numbers
+    size = math.prod(shape[:-1]) * (config.head_dim * ITEM_BYTES[dtype] + scale)
+    old = [Buffer("a layer's KV before", shape, dtype, size)]
+    for buffer in () if shapes.drafter is None else shapes.drafter.buffers(groups):
+        if buffer.kind == "cache":
+            layers, *rest = buffer.shape
+            name = f"a layer of {buffer.name} before"
+            old.append(Buffer(name, tuple(rest), buffer.dtype, buffer.bytes // layers))
+        elif buffer.kind != "weights":
+            old.append(dataclasses.replace(buffer, name=f"{buffer.name} before"))
+    return ProgramFootprint("growth", tuple(old))
 
 
 def weights(config: LlamaConfig, dtype: str, shards: int) -> Buffer:
@@ -275,24 +266,19 @@ def state(config: LlamaConfig, dtype: str, groups: Groups, shards: int) -> tuple
     )
 
 
+@functools.cache
 def row_bytes() -> int:
     """What `specmemo_jax.decode.rows.Rows` holds a row, beside the seen tokens."""
-    words, longest = MAX_BAD_WORDS
-    own = 4 + 4 + 1  # lengths, pending, done
-    limits = 4 + 4 * MAX_STOP_IDS  # left, stop_ids
-    sampling = 6 * 4 + 4 + 4 + 8 + 4 * words * longest  # factors, top_k, min_length, key, bad_words
-    return own + limits + sampling + 4 * (longest - 1)  # and the answer's recent tokens
+    rows = jax.eval_shape(lambda: init_rows(1, 1))
+    rows = dataclasses.replace(rows, history=dataclasses.replace(rows.history, seen=()))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rows))
 
 
+@functools.cache
 def emitted(batch: int, depth: int) -> Buffer:
-    """What the last steps said, and the place of the next."""
-    shape = emitted_shape(batch, depth)
-    return Buffer("emitted", shape, "int32", (math.prod(shape) + 1) * FULL)
-
-
-def emitted_shape(batch: int, depth: int) -> tuple[int, int, int]:
-    """Of what the last steps said (`specmemo_jax.decode.emitted`), ``depth`` the deepest tree's."""
-    return BURST, batch, depth + 2
+    """What the last steps emitted, and the place of the next."""
+    log = jax.eval_shape(lambda: init_emitted(batch, depth)).log
+    return Buffer("emitted", log.shape, "int32", (log.size + 1) * FULL)
 
 
 def _results(config: LlamaConfig) -> LiveSet:

@@ -5,8 +5,8 @@ import math
 from collections.abc import Sequence
 
 from specmemo_jax.errors import ConfigError
+from specmemo_jax.llama.kv import SLOTS
 
-SLOTS = 64  # a row's cache slots are multiples of it
 NARROWEST = 256  # slots of a group's row at least, so that prompts are read in large chunks
 STEP_ROOM = 16  # slots of a group that are left for a step's tree
 MOST_GROUPS = 3

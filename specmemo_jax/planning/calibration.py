@@ -11,8 +11,8 @@ from pathlib import Path
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.files.cache_dir import cache_dir
 from specmemo_jax.files.json_files import Reader, file_name, write_json
+from specmemo_jax.llama.buffers import Cost
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.memory.buffers import Cost
 
 FORMAT = 1
 _PACKAGES = ("jax", "jaxlib", "specmemo-jax")

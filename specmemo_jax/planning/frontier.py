@@ -91,8 +91,9 @@ def frontier_rows(
         expected = plan.expected
         assert expected is not None
         rates = (f"{expected.tokens_per_second:.6g}", f"{expected.accepted_length:.6g}")
-        shapes = (plan.drafter_name, plan.tree_nodes, plan.chunks[0], plan.score_nodes, plan.logit_nodes)
-        rows.append((kind, plan.peak_bytes, plan.generation_bytes, *rates, *shapes, plan.context))
+        s = plan.shapes
+        choice = s.drafter_name, s.tree_nodes, s.chunks[0], s.score_nodes, s.logit_nodes
+        rows.append((kind, plan.peak_bytes, plan.generation_bytes, *rates, *choice, s.context))
     rest = (None,) * (len(COLUMNS) - 4)
     for _, field in BOUNDS:
         found = getattr(chosen.bounds, field)
@@ -117,7 +118,7 @@ def _draw(
     assert chosen.device is not None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    context = f"expected, context {plans[0].context}"
+    context = f"expected, context {plans[0].shapes.context}"
     axes.plot(*_points(plans), drawstyle="steps-post", marker="o", markersize=4, color="C0", label=context)
     for style, (name, field) in zip((":", "-.", "--"), BOUNDS, strict=True):
         found = getattr(chosen.bounds, field)
@@ -128,13 +129,16 @@ def _draw(
         xs = [peak / GIB for peak, _, name in measured if name == label]
         ys = [rate for _, rate, name in measured if name == label]
         axes.plot(xs, ys, "s", markersize=5, color=f"C{number + 2}", label=label)
-    star = f"chosen: {chosen.drafter_name}, T={chosen.tree_nodes}, context {chosen.context}"
+    shapes = chosen.shapes
+    star = f"chosen: {shapes.drafter_name}, T={shapes.tree_nodes}, context {shapes.context}"
     axes.plot(*_points([chosen]), "*", markersize=14, color="C1", label=star)
-    axes.set_xlabel("peak device memory, GiB" + (" a device" if chosen.shards > 1 else ""))
+    axes.set_xlabel("peak device memory, GiB" + (" a device" if chosen.shapes.shards > 1 else ""))
     axes.set_ylabel("tokens/s")
     axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
-    axes.set_title(f"{model} on {chosen.device.slug}, {chosen.dtype}, batch {chosen.batch}", loc="left")
+    axes.set_title(
+        f"{model} on {chosen.device.slug}, {chosen.shapes.dtype}, batch {chosen.shapes.batch}", loc="left"
+    )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from specmemo_jax.devices.compiled import CompiledCheck, compiled_memory
 from specmemo_jax.devices.described import described_devices
 from specmemo_jax.devices.table import DeviceSpec
-from specmemo_jax.draft import Drafter
 from specmemo_jax.engine.program_cache import ProgramCache, plan_keys
 from specmemo_jax.engine.programs import Programs
 from specmemo_jax.errors import ConfigError
@@ -70,10 +69,9 @@ def prove(
 
 def programs_for(plan: MemoryPlan, place: CompileTarget) -> Programs:
     """A plan's programs from shapes alone, to be lowered for a place."""
-    target = abstract_target(plan.config, jnp.dtype(place.dtype), place.platform, plan.shards)
-    assert plan.drafter is None or isinstance(plan.drafter, Drafter)
+    target = abstract_target(plan.shapes.config, jnp.dtype(place.dtype), place.platform, plan.shapes.shards)
     mesh = None if place.devices is None else model_mesh(place.devices)
-    return Programs(target, plan.drafter, plan, mesh)
+    return Programs(target, plan.shapes, mesh)
 
 
 def lowerings(programs: Programs) -> Iterator[tuple[str, Callable[[], jax.stages.Lowered]]]:

@@ -24,8 +24,8 @@ from specmemo_jax.draft import (
 from specmemo_jax.errors import ConfigError, ModelNotFoundError, WeightsError
 from specmemo_jax.files.byte_size import parse_bytes
 from specmemo_jax.llama.config import LlamaConfig
+from specmemo_jax.llama.live_sets import backends
 from specmemo_jax.llama.packing import Target
-from specmemo_jax.memory.passes import backends
 from specmemo_jax.memory.plan import MemoryPlan
 from specmemo_jax.memory.workload import Workload
 from specmemo_jax.mesh.axes import check_shards
@@ -77,7 +77,7 @@ class Planning:
         workload, request = self.request.workload, self.request
         if workload.batch is None or workload.context is None:
             chosen = self.plan()
-            workload = dataclasses.replace(workload, batch=chosen.batch, context=chosen.context)
+            workload = dataclasses.replace(workload, batch=chosen.shapes.batch, context=chosen.shapes.context)
             request = dataclasses.replace(request, workload=workload)
         return frontier(candidates(request, self.offered, self.speed))
 

@@ -12,12 +12,15 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from specmemo_jax.devices.table import DeviceSpec
+from specmemo_jax.draft.protocol import Drafter
 from specmemo_jax.errors import BudgetError, CapacityError
+from specmemo_jax.files.byte_size import format_bytes
+from specmemo_jax.llama.buffers import Cost
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.memory.buffers import Cost
-from specmemo_jax.memory.passes import DraftCost
+from specmemo_jax.llama.kv import SLOTS
 from specmemo_jax.memory.plan import Bounds, Expected, MemoryPlan, lay_out
-from specmemo_jax.memory.workload import SLOTS, Workload, groups_for
+from specmemo_jax.memory.shapes import Shapes
+from specmemo_jax.memory.workload import Workload, groups_for
 from specmemo_jax.planning.profile import ExpectedAcceptance
 from specmemo_jax.planning.speed import SpeedModel, tokens_per_second
 
@@ -34,7 +37,7 @@ PLAIN = ExpectedAcceptance(1.0, ((1, 1.0),), "plain decoding")
 class Candidate:
     """A drafter that may be chosen, None for plain decoding, and what a step of it is expected to bring."""
 
-    drafter: DraftCost | None = None
+    drafter: Drafter | None = None
     expected_acceptance: ExpectedAcceptance = PLAIN
 
 
@@ -104,7 +107,7 @@ def bounds(plans: Sequence[MemoryPlan], memory: int) -> Bounds:
     most = best_within(plans, memory) or best_within(plans, max(plan.peak_bytes for plan in plans))
     assert most is not None
     fast = [plan.peak_bytes for plan in plans if _rate(plan) >= KEPT_THROUGHPUT * _rate(most)]
-    drafting = [plan.peak_bytes for plan in plans if plan.drafter is not None]
+    drafting = [plan.peak_bytes for plan in plans if plan.shapes.drafter is not None]
     return Bounds(
         lower_bound=min(fast),
         least_budget=min(plan.peak_bytes for plan in plans),
@@ -135,8 +138,10 @@ def search(
     found = bounds(plans, memory)
     if budget is not None and budget > memory:
         raise BudgetError(
-            f"memory_budget {_size(budget)} is more than {request.device.name} has ({_size(memory)}); "
-            f"a budget from {found.least_budget} bytes ({_size(found.least_budget)}) up to that would work",
+            f"memory_budget {format_bytes(budget)} is more than {request.device.name} has "
+            f"({format_bytes(memory)}); "
+            f"a budget from {found.least_budget} bytes ({format_bytes(found.least_budget)}) "
+            "up to that would work",
             least_budget=found.least_budget,
             least_speculative_budget=found.least_speculative_budget,
         )
@@ -214,8 +219,8 @@ def _lay_out(
 ) -> MemoryPlan:
     B = request.workload.rows
     groups = groups_for(request.workload.lengths, B, context) if request.policy == "plan" else ()
-    return lay_out(
-        request.config,
+    shapes = Shapes(
+        config=request.config,
         dtype=request.dtype,
         platform=request.platform,
         batch=B,
@@ -226,73 +231,83 @@ def _lay_out(
         logit_nodes=logit_nodes,
         shards=request.shards,
         policy=request.policy,
-        device=request.device,
-        workload=request.workload,
         kv_dtype=request.kv_dtype,
         groups=groups,
         scoring=request.scoring,
     )
+    return lay_out(shapes, request.device, request.workload)
 
 
 def _speed(plan: MemoryPlan, candidate: Candidate, request: PlanRequest, speed: SpeedModel) -> float:
     """Expected new tokens a second of all rows, prefill counted."""
     config, dtype, B, shards = request.config, request.dtype, request.workload.rows, request.shards
     work = request.workload
-    slots = plan.capacity_for(min(work.prompt_tokens + work.new_tokens // 2, plan.context) + plan.slack)
+    slots = plan.shapes.capacity_for(
+        min(work.prompt_tokens + work.new_tokens // 2, plan.shapes.context) + plan.shapes.slack
+    )
     step = 0.0
     for nodes, share in candidate.expected_acceptance.widths_of_batch(B):
         if share:
             step += share * speed.step_seconds(config, dtype, B, nodes, slots, shards)
-            step += share * speed.draft_seconds(_rereading(plan, nodes, slots), dtype)
+            step += share * speed.draft_seconds(_rereading(plan.shapes, nodes, slots), dtype)
     if candidate.drafter is not None:
         item = jnp.dtype(dtype).itemsize
         step += speed.draft_seconds(candidate.drafter.work(config, item, B, slots), dtype)
-    chunk = plan.chunks[0]
+    chunk = plan.shapes.chunks[0]
     prefill = speed.prefill_seconds(config, dtype, work.prompt_tokens, chunk, shards)
     chunks = -(-work.prompt_tokens // chunk)
-    prefill += chunks * speed.draft_seconds(_rereading(plan, chunk, work.prompt_tokens // 2, rows=1), dtype)
+    prefill += chunks * speed.draft_seconds(
+        _rereading(plan.shapes, chunk, work.prompt_tokens // 2, rows=1), dtype
+    )
     return tokens_per_second(work, step, candidate.expected_acceptance.accepted_length, B * prefill)
 
 
-def _rereading(plan: MemoryPlan, nodes: int, slots: int, rows: int | None = None) -> Cost:
+def _rereading(shapes: Shapes, nodes: int, slots: int, rows: int | None = None) -> Cost:
     """Reading the cache and the head once more for each further part of a pass."""
-    config, item = plan.config, jnp.dtype(plan.dtype).itemsize
-    B = plan.batch if rows is None else rows
-    vector = config.head_dim + 4 if plan.kv_dtype == "int8" else config.head_dim * item  # int8 has a scale
+    config, item = shapes.config, jnp.dtype(shapes.dtype).itemsize
+    B = shapes.batch if rows is None else rows
+    vector = (
+        config.head_dim + 4 if shapes.cache_dtype == "int8" else config.head_dim * item
+    )  # int8 has a scale
     cache = 2 * config.num_layers * B * config.num_kv_heads * slots * vector
     again = 0.0
-    if plan.score_nodes is not None:
-        again += (math.ceil(nodes / plan.score_nodes) - 1) * cache
-    if plan.logit_nodes is not None and rows is None:
-        again += (math.ceil(nodes / plan.logit_nodes) - 1) * config.vocab_size * config.hidden_size * item
-    return Cost(bytes=again / plan.shards)
+    if shapes.score_nodes is not None:
+        again += (math.ceil(nodes / shapes.score_nodes) - 1) * cache
+    if shapes.logit_nodes is not None and rows is None:
+        again += (math.ceil(nodes / shapes.logit_nodes) - 1) * config.vocab_size * config.hidden_size * item
+    return Cost(bytes=again / shapes.shards)
 
 
 def _largest_context(plan: MemoryPlan, limit: int) -> int:
     """The most context that fits with the same choice, in steps of `SLOTS`, and never less than it has."""
 
     def fits(context: int) -> bool:
-        return plan.resized(plan.drafter, plan.batch, context).peak_bytes <= limit
+        return plan.resized(plan.shapes.drafter, plan.shapes.batch, context).peak_bytes <= limit
 
-    low, high = plan.context, plan.config.max_context
+    low, high = plan.shapes.context, plan.shapes.config.max_context
     while low < high:  # it lies in low..high
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     rounded = low // SLOTS * SLOTS
-    return rounded if plan.context < rounded < plan.config.max_context else low
+    return rounded if plan.shapes.context < rounded < plan.shapes.config.max_context else low
 
 
 def _too_small(request: PlanRequest, limit: int, whole_device: bool, nearest: MemoryPlan) -> BudgetError:
     assert nearest.bounds is not None
+    shapes = nearest.shapes
     terms = sorted(nearest.terms, key=lambda term: -term.bytes)[:4]
-    largest = ", ".join(f"{term.name} {_size(term.bytes)}" for term in terms)
-    reserve = f", runtime reserve {_size(nearest.reserve_bytes)}" if nearest.reserve_bytes else ""
-    asked = f"{request.device.name} has {_size(limit)}" if whole_device else f"memory_budget {_size(limit)}"
+    largest = ", ".join(f"{term.name} {format_bytes(term.bytes)}" for term in terms)
+    reserve = f", runtime reserve {format_bytes(nearest.reserve_bytes)}" if nearest.reserve_bytes else ""
+    asked = (
+        f"{request.device.name} has {format_bytes(limit)}"
+        if whole_device
+        else f"memory_budget {format_bytes(limit)}"
+    )
     least = nearest.bounds.least_budget
     return BudgetError(
-        f"{asked}, too small for context {nearest.context}, batch {nearest.batch}: {largest}{reserve}. "
-        f"The nearest plan is {nearest.drafter_name} with T={nearest.tree_nodes}, C={nearest.chunks[0]}; "
-        f"{least} bytes ({_size(least)}) would work",
+        f"{asked}, too small for context {shapes.context}, batch {shapes.batch}: {largest}{reserve}. "
+        f"The nearest plan is {shapes.drafter_name} with T={shapes.tree_nodes}, C={shapes.chunks[0]}; "
+        f"{least} bytes ({format_bytes(least)}) would work",
         least_budget=least,
         least_speculative_budget=nearest.bounds.least_speculative_budget,
     )
@@ -301,7 +316,3 @@ def _too_small(request: PlanRequest, limit: int, whole_device: bool, nearest: Me
 def _rate(plan: MemoryPlan) -> float:
     assert plan.expected is not None
     return plan.expected.tokens_per_second
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{math.ceil(size / 2**20)} MiB"

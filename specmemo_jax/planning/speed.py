@@ -16,8 +16,8 @@ import numpy as np
 from scipy.optimize import nnls
 
 from specmemo_jax.errors import ConfigError
+from specmemo_jax.llama.buffers import Cost
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.memory.buffers import Cost
 from specmemo_jax.memory.workload import Workload
 from specmemo_jax.planning.calibration import Calibration, StepPoint, config_hash
 

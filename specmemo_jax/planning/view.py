@@ -5,6 +5,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from specmemo_jax.decode.rows import MAX_STOP_IDS
+from specmemo_jax.decode.sampling import MAX_BAD_WORDS
+from specmemo_jax.files.byte_size import format_bytes
 from specmemo_jax.memory.plan import MemoryPlan
 
 WIDTH = 100  # columns that no line exceeds
@@ -39,25 +42,25 @@ def as_text(plan: MemoryPlan, model: str, *, color: bool = False) -> str:
 
 
 def _titles(plan: MemoryPlan, model: str) -> Any:
+    shapes = plan.shapes
     from rich.text import Text
 
     device, work = plan.device, plan.workload
     assert device is not None
     assert work is not None
-    each = f"each of {plan.shards} x " if plan.shards > 1 else ""
-    cache = "" if plan.kv_dtype == plan.dtype else f" ({plan.kv_dtype} cache)"
-    first = (
-        f"{model} in {plan.dtype}{cache} on {each}{device.slug} ({device.name}, {size(device.memory_bytes)})"
-    )
-    rows = "1 row" if plan.batch == 1 else f"{plan.batch} rows"
-    second = f"{rows}: {work.prompt_tokens} prompt tokens, {work.new_tokens} new; context {plan.context}"
-    if plan.groups:
-        widths = ", ".join(f"{rows} to {context}" for rows, context in plan.groups)
+    each = f"each of {shapes.shards} x " if shapes.shards > 1 else ""
+    cache = "" if shapes.cache_dtype == shapes.dtype else f" ({shapes.cache_dtype} cache)"
+    where = f"{each}{device.slug} ({device.name}, {format_bytes(device.memory_bytes)})"
+    first = f"{model} in {shapes.dtype}{cache} on {where}"
+    rows = "1 row" if shapes.batch == 1 else f"{shapes.batch} rows"
+    second = f"{rows}: {work.prompt_tokens} prompt tokens, {work.new_tokens} new; context {shapes.context}"
+    if shapes.groups:
+        widths = ", ".join(f"{rows} to {context}" for rows, context in shapes.groups)
         second += f"; rows in groups: {widths} tokens"
     if plan.bounds is not None and plan.bounds.most_rows is not None:
         second += f"; of at most {plan.bounds.most_rows} that fit, so many pay most"
-    if plan.policy != "plan":
-        second += f"; policy {plan.policy}"
+    if shapes.policy != "plan":
+        second += f"; policy {shapes.policy}"
     lines = [*textwrap.wrap(first, WIDTH), *textwrap.wrap(second, WIDTH)]
     return Text("\n".join(lines), style="bold")
 
@@ -67,7 +70,7 @@ def _memory(plan: MemoryPlan) -> Any:
     table = _table(("memory", "shape", "dtype", ">size", ">share"))
 
     def row(name: str, shape: tuple[int, ...], dtype: str, size_bytes: int, style: str | None = None) -> None:
-        cells = (name, "x".join(map(str, shape)), dtype, size(size_bytes))
+        cells = (name, "x".join(map(str, shape)), dtype, format_bytes(size_bytes))
         table.add_row(*cells, f"{size_bytes / plan.peak_bytes:.1%}", style=style)
 
     for term in plan.buffers:
@@ -87,16 +90,17 @@ def _memory(plan: MemoryPlan) -> Any:
 
 
 def _facts(plan: MemoryPlan) -> str:
+    shapes = plan.shapes
     facts: list[tuple[str, str]] = []
     if plan.bounds is not None:
         for name, field in BOUNDS:
             found = getattr(plan.bounds, field)
             if found is not None:
-                facts.append((name, f"{size(found)} ({found} bytes)"))
-    tree = f"{plan.drafter_name}, {plan.tree_nodes} nodes, depth {plan.max_depth}"
-    facts.append(("drafter", tree if plan.drafter is not None else "none (plain decoding)"))
-    parts = [f"prompt chunks {_list(plan.chunks)}", f"cache slots {_list(plan.capacities)}"]
-    for what, nodes in (("scores", plan.score_nodes), ("logits", plan.logit_nodes)):
+                facts.append((name, f"{format_bytes(found)} ({found} bytes)"))
+    tree = f"{shapes.drafter_name}, {shapes.tree_nodes} nodes, depth {shapes.trees.max_depth}"
+    facts.append(("drafter", tree if shapes.drafter is not None else "none (plain decoding)"))
+    parts = [f"prompt chunks {_list(shapes.chunks)}", f"cache slots {_list(shapes.capacities)}"]
+    for what, nodes in (("scores", shapes.score_nodes), ("logits", shapes.logit_nodes)):
         if nodes is not None:
             parts.append(f"{what} of {nodes} nodes at once")
     facts.append(("shapes", "; ".join(parts)))
@@ -105,7 +109,7 @@ def _facts(plan: MemoryPlan) -> str:
         speed, plain = expected.tokens_per_second, expected.vanilla_tokens_per_second
         against = f"; {plain:.1f} without a drafter ({speed / plain:.2f}x)"
         facts += [
-            ("expected", f"{speed:.1f} tokens/s{against if plan.drafter is not None else ''}"),
+            ("expected", f"{speed:.1f} tokens/s{against if shapes.drafter is not None else ''}"),
             ("", expected.speed_source),
             ("accepted length", f"{expected.accepted_length:.2f} tokens a step"),
             ("", expected.acceptance_source),
@@ -131,14 +135,16 @@ def _proof(plan: MemoryPlan) -> Any:
     for name, compiled in proof.programs:
         theory = theory_of(plan, name)
         difference = "" if theory is None else _signed(theory - compiled)
-        table.add_row(name, "-" if theory is None else size(theory), size(compiled), difference)
+        table.add_row(
+            name, "-" if theory is None else format_bytes(theory), format_bytes(compiled), difference
+        )
     table.add_section()
     over = _signed(plan.model_generation_bytes - proof.generation_bytes)
-    cells = size(plan.model_generation_bytes), size(proof.generation_bytes)
+    cells = format_bytes(plan.model_generation_bytes), format_bytes(proof.generation_bytes)
     table.add_row("generation memory", *cells, over, style="bold")
-    if proof.dtype == plan.dtype:
+    if proof.dtype == plan.shapes.dtype:
         return table
-    return Group(table, f"  {proof.dtype} stands in for {plan.dtype}, which this compiler lacks.")
+    return Group(table, f"  {proof.dtype} stands in for {plan.shapes.dtype}, which this compiler lacks.")
 
 
 def theory_of(plan: MemoryPlan, program: str) -> int | None:
@@ -151,6 +157,7 @@ def theory_of(plan: MemoryPlan, program: str) -> int | None:
 
 def as_json(plan: MemoryPlan, model: str) -> dict[str, Any]:
     """A searched plan as plain data: sizes in bytes a device, tokens/s of all rows together."""
+    shapes = plan.shapes
     bounds, expected, work, device = plan.bounds, plan.expected, plan.workload, plan.device
     assert bounds is not None
     assert expected is not None
@@ -165,9 +172,9 @@ def as_json(plan: MemoryPlan, model: str) -> dict[str, Any]:
             "memory_bytes": device.memory_bytes,
             "reserve_bytes": device.reserve_bytes,
         },
-        "dtype": plan.dtype,
-        "kv_dtype": plan.kv_dtype,
-        "policy": plan.policy,
+        "dtype": shapes.dtype,
+        "kv_dtype": shapes.cache_dtype,
+        "policy": shapes.policy,
         "workload": {
             "batch": work.batch,
             "prompt_tokens": work.prompt_tokens,
@@ -184,22 +191,22 @@ def as_json(plan: MemoryPlan, model: str) -> dict[str, Any]:
         "expected_tokens_per_second": expected.tokens_per_second,
         "vanilla_tokens_per_second": expected.vanilla_tokens_per_second,
         "expected_accepted_length": expected.accepted_length,
-        "drafter": plan.drafter_name,
+        "drafter": shapes.drafter_name,
         "shapes": {
-            "batch": plan.batch,
-            "context": plan.context,
-            "groups": [list(group) for group in plan.groups],
-            "capacities": list(plan.capacities),
-            "chunks": list(plan.chunks),
-            "tree_nodes": plan.tree_nodes,
-            "tree_sizes": list(plan.tree_sizes),
-            "verify_buckets": [1] if plan.drafter is None else list(plan.drafter.verify_buckets),
-            "max_depth": plan.max_depth,
-            "score_nodes": plan.score_nodes,
-            "logit_nodes": plan.logit_nodes,
-            "shards": plan.shards,
-            "max_stop_ids": plan.max_stop_ids,
-            "max_bad_words": list(plan.max_bad_words),
+            "batch": shapes.batch,
+            "context": shapes.context,
+            "groups": [list(group) for group in shapes.groups],
+            "capacities": list(shapes.capacities),
+            "chunks": list(shapes.chunks),
+            "tree_nodes": shapes.tree_nodes,
+            "tree_sizes": list(shapes.tree_sizes),
+            "verify_buckets": list(shapes.trees.verify_buckets),
+            "max_depth": shapes.trees.max_depth,
+            "score_nodes": shapes.score_nodes,
+            "logit_nodes": shapes.logit_nodes,
+            "shards": shapes.shards,
+            "max_stop_ids": MAX_STOP_IDS,
+            "max_bad_words": list(MAX_BAD_WORDS),
         },
         "largest_program": plan.footprint.largest.name,
         "terms": [
@@ -227,16 +234,8 @@ def as_json(plan: MemoryPlan, model: str) -> dict[str, Any]:
     return found
 
 
-def size(size_bytes: int) -> str:
-    """Bytes in the unit that suits them: ``12.55 GiB``."""
-    for unit, scale in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(size_bytes) >= scale:
-            return f"{size_bytes / scale:.2f} {unit}"
-    return f"{size_bytes} B"
-
-
 def _signed(size_bytes: int) -> str:
-    return f"{'+' if size_bytes >= 0 else ''}{size(size_bytes)}"
+    return f"{'+' if size_bytes >= 0 else ''}{format_bytes(size_bytes)}"
 
 
 def _list(numbers: Sequence[int]) -> str:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+from specmemo_jax.decode.rows import MAX_STOP_IDS
 from specmemo_jax.errors import RequestError
 from specmemo_jax.files.json_lines import not_unicode
-from specmemo_jax.memory.plan import MAX_STOP_IDS
 
 GREEDY_BELOW = 1e-5  # a temperature below is greedy, as in vLLM
 NEUTRAL = {"n": 1, "best_of": 1, "use_beam_search": False}

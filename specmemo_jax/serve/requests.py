@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from specmemo_jax.decode.sampling import Sampling
+from specmemo_jax.decode.sampling import MAX_BAD_WORDS, Sampling
 from specmemo_jax.errors import RequestError
-from specmemo_jax.memory.plan import MemoryPlan
+from specmemo_jax.memory.shapes import Shapes
 from specmemo_jax.serve.params import SamplingParams
 
 LARGEST = float(np.finfo(np.float32).max)  # a temperature, at which all tokens are as likely
@@ -34,15 +34,15 @@ def checked_stop_ids(params: SamplingParams, eos_ids: tuple[int, ...], vocab_siz
     return params.end_ids(eos_ids)
 
 
-def most_new_tokens(prompt: Sequence[int], params: SamplingParams, plan: MemoryPlan, place: int) -> int:
+def most_new_tokens(prompt: Sequence[int], params: SamplingParams, shapes: Shapes, place: int) -> int:
     """Tokens that an answer may have. Raises RequestError where prompt and answer do not fit the context."""
-    context = plan.context
+    context = shapes.context
     wanted = max(1, params.min_tokens) if params.max_tokens is None else params.max_tokens
     if len(prompt) + wanted > context:
         raise RequestError(
             f"prompt {place} has {len(prompt)} tokens and may grow by {wanted}, "
             f"the context holds {context}: shorten it, lower max_tokens"
-            + (" or raise max_context" if context < plan.config.max_context else "")
+            + (" or raise max_context" if context < shapes.config.max_context else "")
         )
     return context - len(prompt) if params.max_tokens is None else params.max_tokens
 
@@ -66,15 +66,15 @@ def device_sampling(
     )
 
 
-def pad_bad_words(words: Sequence[Sequence[int]], plan: MemoryPlan) -> np.ndarray:
+def pad_bad_words(words: Sequence[Sequence[int]]) -> np.ndarray:
     """Token sequences right-aligned in ``[W, L]``, padded with -1. Raises RequestError if they do not fit."""
-    most, longest = plan.max_bad_words
+    most, longest = MAX_BAD_WORDS
     if len(words) > most or any(len(word) > longest for word in words):
         raise RequestError(
             f"bad_words make {len(words)} token sequences, the longest of {max(map(len, words))}; "
             f"at most {most} of at most {longest} tokens work"
         )
-    padded = np.full(plan.max_bad_words, -1, np.int32)
+    padded = np.full(MAX_BAD_WORDS, -1, np.int32)
     for row, word in zip(padded, words, strict=False):
         row[-len(word) :] = word
     return padded

@@ -6,11 +6,11 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import islice
 
+from specmemo_jax.decode.emitted import BURST
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.request import Request
 from specmemo_jax.engine.scheduler import Scheduler
 from specmemo_jax.errors import ClosedError
-from specmemo_jax.memory.footprint import BURST
 from specmemo_jax.serve.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from specmemo_jax.serve.params import SamplingParams
 from specmemo_jax.serve.text import AnswerText

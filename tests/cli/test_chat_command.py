@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from specmemo_jax.chat.session import ChatSession
 from specmemo_jax.cli import chat_repl
-from specmemo_jax.cli.chat_input import Reader
+from specmemo_jax.cli.chat_input import LineReader
 from specmemo_jax.cli.chat_repl import Repl
 from specmemo_jax.cli.main import app
 from specmemo_jax.errors import RequestError
@@ -137,7 +137,7 @@ def test_each_answer_has_the_next_seed(say, llm):
 def test_lines_that_go_on(monkeypatch):
     def read(text):
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
-        reader = Reader()
+        reader = LineReader()
         return list(iter(reader.read, None))
 
     assert read('"""one\n/two\n\n  three"""\nfour') == [("one\n/two\n\n  three", False), ("four", False)]
@@ -150,9 +150,9 @@ def test_lines_that_go_on(monkeypatch):
         read('"""one\n')
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
     with pytest.raises(RequestError, match="not UTF-8"):
-        Reader().read()
+        LineReader().read()
     monkeypatch.setattr("sys.stdin", None)
-    assert Reader().read() is None
+    assert LineReader().read() is None
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_cache(say, llm, monkeypatch):

@@ -22,7 +22,8 @@ from specmemo_jax.draft import DraftModel, NgramDrafter, SelfDrafter, TreeShape
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.request import Request
 from specmemo_jax.llama.packing import pack
-from specmemo_jax.memory.plan import make_plan
+from specmemo_jax.memory.plan import lay_out
+from specmemo_jax.memory.shapes import Shapes
 from specmemo_jax.serve.params import SamplingParams
 from specmemo_jax.serve.requests import device_sampling, pad_bad_words
 from specmemo_jax.testing import TINY, tiny_llama, whole_logits
@@ -61,9 +62,9 @@ def distribution(ids):
 
 def draw(drafter):
     """Counts ``[V, V]`` of the two tokens after the prompt and its pending token, and tokens a step."""
-    plan = make_plan(CONFIG, dtype=TARGET.dtype, platform="cpu", context=48, drafter=drafter)
-    engine = Engine(TARGET, drafter, plan)
-    sampling = device_sampling(PARAMS, PROMPT, 0, pad_bad_words((), plan))
+    plan = lay_out(Shapes(CONFIG, dtype=TARGET.dtype.name, platform="cpu", context=48, drafter=drafter))
+    engine = Engine(TARGET, plan)
+    sampling = device_sampling(PARAMS, PROMPT, 0, pad_bad_words(()))
     pending = engine.admit(0, Request(PROMPT, 30, (), sampling))
     # By NumPy: an operation of JAX would be compiled for each shape.
     state = engine.take_state()

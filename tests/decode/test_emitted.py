@@ -1,32 +1,19 @@
 """What steps said, from a buffer that is written in turns."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specmemo_jax.decode.emitted import append, drain, init_emitted
-from specmemo_jax.draft import NgramDrafter
-from specmemo_jax.memory.footprint import BURST
-from specmemo_jax.memory.plan import make_plan
-from specmemo_jax.testing import TINY
+from specmemo_jax.decode.emitted import BURST, append, drain, init_emitted
 
-PLAN = make_plan(
-    TINY,
-    dtype=jnp.dtype("float32"),
-    platform="cpu",
-    batch=2,
-    context=100,
-    drafter=NgramDrafter(4, branches=1),
-)
 NOTE = jax.jit(append, donate_argnums=0)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, BURST), min_size=1, max_size=5), st.randoms(use_true_random=False))
 def test_bursts_are_read_in_their_order(bursts, random):
-    emitted = init_emitted(PLAN)
+    emitted = init_emitted(2, 3)
     for steps in bursts:
         said = []
         for _ in range(steps):

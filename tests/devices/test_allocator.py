@@ -190,7 +190,7 @@ def test_the_users_fraction_is_checked_and_kept(tools, fresh, monkeypatch, name)
     monkeypatch.setenv(name, "0.5")
     assert limit_allocator(7 * GIB, T4) == 0.5
     with pytest.raises(
-        CapacityError, match=r"needs a pool of 8.00 GiB.*0.5 .*7.38 GiB.*=0.551, or none.*637.5 MiB"
+        CapacityError, match=r"needs a pool of 8.00 GiB.*0.5 .*7.38 GiB.*=0.551, or none.*637.50 MiB"
     ):
         limit_allocator(8 * GIB, T4)
     assert os.environ[name] == "0.5"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scripted_chooser import ScriptedChooser
 
+from specmemo_jax.decode.sampling import MAX_BAD_WORDS
 from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, TreeShape
 from specmemo_jax.draft.ngram import chain
 from specmemo_jax.draft.tree import Tree
@@ -17,7 +18,8 @@ from specmemo_jax.engine.reading import chunk_starts
 from specmemo_jax.engine.request import Request
 from specmemo_jax.engine.runner import Runner
 from specmemo_jax.llama.packing import pack
-from specmemo_jax.memory.plan import MAX_BAD_WORDS, lay_out
+from specmemo_jax.memory.plan import lay_out
+from specmemo_jax.memory.shapes import Shapes
 from specmemo_jax.serve.params import SamplingParams
 from specmemo_jax.serve.requests import device_sampling
 from specmemo_jax.testing import TINY, tiny_llama
@@ -59,9 +61,17 @@ def engine_for(drafter, batch, context, dtype, kv_dtype=None):
     """One engine for all tests that ask for the same: a closed one keeps its compiled programs."""
     target = target_in(dtype)
     plan = lay_out(
-        TINY, dtype=dtype, platform="cpu", batch=batch, context=context, drafter=drafter, kv_dtype=kv_dtype
+        Shapes(
+            TINY,
+            dtype=dtype,
+            platform="cpu",
+            batch=batch,
+            context=context,
+            drafter=drafter,
+            kv_dtype=kv_dtype,
+        )
     )
-    return Engine(target, drafter, plan)
+    return Engine(target, plan)
 
 
 def generate(
@@ -251,7 +261,7 @@ def test_up_to_the_last_position_of_the_context():
     for drafter in (None, NgramDrafter(16, branches=5), chain(8)):
         context = 256 - (1 if drafter is None else drafter.max_depth + 1)
         (log,) = generate(drafter, [prompt], max_tokens=context - len(prompt), context=context)
-        assert engine_for(drafter, 1, context, "float32").plan.capacities == (256,)
+        assert engine_for(drafter, 1, context, "float32").plan.shapes.capacities == (256,)
         assert len(log.ids) == context
         assert log.new_ids == want.new_ids[: len(log.new_ids)]
 
@@ -279,7 +289,7 @@ def test_half_precision_runs_and_counts_its_differences():
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 96, 97, 128, 129, 300])
 def test_chunks_cover_a_prompt(length):
-    plan = chunk_starts(lay_out(TINY, dtype="float32", platform="cpu", batch=1, context=200), length)
+    plan = chunk_starts(Shapes(TINY, dtype="float32", platform="cpu", context=200), length)
     assert plan[0][0] == 0
     assert all(start + width == following for (start, width), (following, _) in itertools.pairwise(plan))
     assert plan[-1][0] < length <= plan[-1][0] + plan[-1][1]
@@ -331,8 +341,8 @@ def test_how_long_a_row_will_go_is_told_by_its_pace():
 
 def test_steps_in_which_a_gpu_records_its_graph_are_not_timed(monkeypatch):
     monkeypatch.setattr(Runner, "on_gpu", True)
-    plan = lay_out(TINY, dtype="float32", platform="cpu", batch=1, context=256)
-    engine = Engine(target_in("float32"), None, plan)
+    plan = lay_out(Shapes(TINY, dtype="float32", platform="cpu", batch=1, context=256))
+    engine = Engine(target_in("float32"), plan)
     engine.chooser = chooser = ScriptedChooser([1] * 4, most=3)
     engine.admit(0, Request(PROMPTS[0], 12))
     for expected in ([], [], [(1, 3)], [(1, 3), (1, 2)]):

@@ -22,6 +22,7 @@ from specmemo_jax.engine.request import Request
 from specmemo_jax.errors import CacheWarning
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.memory.plan import lay_out
+from specmemo_jax.memory.shapes import Shapes
 from specmemo_jax.testing import TINY, tiny_llama
 
 TARGET = pack(TINY, iter(tiny_llama().items()), jnp.dtype("float32"))
@@ -31,7 +32,7 @@ COUNT = itertools.count(100)
 
 def plan_for(drafter: Drafter | None = NGRAM, context=100, **choices):
     return lay_out(
-        TINY, dtype="float32", platform="cpu", batch=1, context=context, drafter=drafter, **choices
+        Shapes(TINY, dtype="float32", platform="cpu", batch=1, context=context, drafter=drafter, **choices)
     )
 
 
@@ -64,10 +65,10 @@ def lowered(monkeypatch):
 def run(cache, plan=None):
     """An answer of a new engine that shares nothing but the disk with the ones before."""
     plan, folder = plan or plan_for(), cache.parent
-    store = ExecutableStore.in_folder(folder, TARGET, NGRAM, plan)
-    programs = ProgramCache(Programs(TARGET, NGRAM, plan), store)
+    store = ExecutableStore.in_folder(folder, TARGET, plan.shapes)
+    programs = ProgramCache(Programs(TARGET, plan.shapes), store)
     programs.fetch_recent()
-    engine = Engine(TARGET, NGRAM, plan, compiled=programs)
+    engine = Engine(TARGET, plan, compiled=programs)
     request = Request([1, 2, 3] * 5, 30)
     engine.prepare([request])
     engine.admit(0, request)
@@ -90,9 +91,9 @@ def test_second_engine_lowers_nothing_says_the_same_and_knows_its_memory(cache, 
 
 def test_donation_survives_the_disk(cache):
     run(cache)
-    store = ExecutableStore.in_folder(cache.parent, TARGET, NGRAM, plan_for())
+    store = ExecutableStore.in_folder(cache.parent, TARGET, plan_for().shapes)
     assert store is not None
-    programs = Programs(TARGET, NGRAM, plan_for())
+    programs = Programs(TARGET, plan_for().shapes)
     step = store.load("step-128-4-greedy-0")
     assert step is not None
     state = programs.empty_state(128)
@@ -141,17 +142,17 @@ def test_file_that_others_can_write_to_is_not_read(cache, lowered):
 
 def test_fingerprint_of_other_plans_drafters_sources_and_flags_is_another(monkeypatch):
     found = [
-        fingerprint_of(TARGET, NGRAM, plan_for()),
-        fingerprint_of(TARGET, NgramDrafter(4, branches=2), plan_for()),
-        fingerprint_of(TARGET, None, plan_for(None)),
-        fingerprint_of(TARGET, NGRAM, plan_for(context=200)),
-        fingerprint_of(TARGET, NGRAM, plan_for(score_nodes=2)),
+        fingerprint_of(TARGET, plan_for().shapes),
+        fingerprint_of(TARGET, plan_for(NgramDrafter(4, branches=2)).shapes),
+        fingerprint_of(TARGET, plan_for(None).shapes),
+        fingerprint_of(TARGET, plan_for(context=200).shapes),
+        fingerprint_of(TARGET, plan_for(score_nodes=2).shapes),
     ]
-    assert fingerprint_of(TARGET, NgramDrafter(4), plan_for()) == found[0]
+    assert fingerprint_of(TARGET, plan_for(NgramDrafter(4)).shapes) == found[0]
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_fast_math=false")
-    found.append(fingerprint_of(TARGET, NGRAM, plan_for()))
+    found.append(fingerprint_of(TARGET, plan_for().shapes))
     monkeypatch.setattr(executables, "source_hash", lambda: "another source")
-    found.append(fingerprint_of(TARGET, NGRAM, plan_for()))
+    found.append(fingerprint_of(TARGET, plan_for().shapes))
     assert len(set(found)) == len(found)
 
 
@@ -160,8 +161,8 @@ class Own(NgramDrafter):
 
 
 def test_store_of_a_drafter_of_one_s_own_is_none(cache):
-    assert ExecutableStore.in_folder(cache.parent, TARGET, Own(4), plan_for()) is None
-    assert ExecutableStore.in_folder(cache.parent, TARGET, NGRAM, plan_for()) is not None
+    assert ExecutableStore.in_folder(cache.parent, TARGET, plan_for(Own(4)).shapes) is None
+    assert ExecutableStore.in_folder(cache.parent, TARGET, plan_for().shapes) is not None
 
 
 def test_store_drops_what_was_used_longest_ago(cache, monkeypatch):
@@ -170,7 +171,7 @@ def test_store_drops_what_was_used_longest_ago(cache, monkeypatch):
     for age, path in enumerate(files):
         os.utime(path, (10**9 + age, 10**9 + age))
     monkeypatch.setattr(executables, "MOST_BYTES", sum(path.stat().st_size for path in files[2:]))
-    store = ExecutableStore.in_folder(cache.parent, TARGET, NGRAM, plan_for())
+    store = ExecutableStore.in_folder(cache.parent, TARGET, plan_for().shapes)
     assert store is not None
     store._drop_oldest()
     assert sorted(cache.rglob("*.bin")) == files[2:]
@@ -225,8 +226,8 @@ def test_close_leaves_no_thread_behind_and_programs_can_still_be_asked_for(cache
     run(cache)
     made = len(lowered)
     programs = ProgramCache(
-        Programs(TARGET, NGRAM, plan_for()),
-        ExecutableStore.in_folder(cache.parent, TARGET, NGRAM, plan_for()),
+        Programs(TARGET, plan_for().shapes),
+        ExecutableStore.in_folder(cache.parent, TARGET, plan_for().shapes),
     )
     programs.fetch_recent()
     programs.close()

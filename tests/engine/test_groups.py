@@ -21,6 +21,7 @@ from specmemo_jax.llama import kv
 from specmemo_jax.llama.kv import Groups
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.memory.plan import lay_out
+from specmemo_jax.memory.shapes import Shapes
 from specmemo_jax.planning.prove import lowerings
 from specmemo_jax.serve.params import SamplingParams
 from specmemo_jax.serve.requests import device_sampling, pad_bad_words
@@ -49,10 +50,9 @@ SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=1.1, see
 def engine_for(name, groups, kv_dtype=None):
     batch, context = sum(rows for rows, _ in groups), groups[-1][1]
     plan = lay_out(
-        TINY, dtype="float32", platform="cpu", batch=batch, context=context, drafter=DRAFTERS[name],
-        groups=groups, kv_dtype=kv_dtype,
-    )  # fmt: skip
-    return Engine(TARGET, DRAFTERS[name], plan)
+        Shapes(TINY, "float32", "cpu", context, batch, DRAFTERS[name], groups=groups, kv_dtype=kv_dtype)
+    )
+    return Engine(TARGET, plan)
 
 
 def answers(engine, params, look=lambda engine: None):
@@ -61,7 +61,7 @@ def answers(engine, params, look=lambda engine: None):
     for i, (prompt, tokens) in enumerate(zip(PROMPTS, TOKENS, strict=True)):
         sampling = None
         if not params.is_plain:
-            sampling = device_sampling(params, prompt, i, pad_bad_words((), engine.plan))
+            sampling = device_sampling(params, prompt, i, pad_bad_words(()))
         jobs.append(Job(str(i), None, Request(prompt, tokens, sampling=sampling), params))
     migrate = engine.migrate_rows
 
@@ -154,7 +154,7 @@ def test_a_row_that_finds_no_room_waits():
 @pytest.mark.parametrize(("name", "kv_dtype"), [("ngram", None), ("model", "int8")])
 def test_the_plan_holds_for_every_program(name, kv_dtype):
     engine = engine_for(name, GROUPS, kv_dtype)
-    plan, state = engine.plan, engine.programs.abstract_state(engine.plan.capacities[-1])
+    plan, state = engine.plan, engine.programs.abstract_state(engine.plan.shapes.capacities[-1])
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     draft_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.draft_weights))
     assert sum(b.bytes for b in plan.buffers) == TARGET.num_bytes + draft_bytes + state_bytes
@@ -167,7 +167,7 @@ def test_the_plan_holds_for_every_program(name, kv_dtype):
             assert figures.peak <= plan.peak_bytes
     assert sum(what.startswith("move") for what in names) == 3
     moving = next(p for p in plan.footprint.programs if p.name == "move")
-    figures = compiled_memory(engine.programs.compile(engine.programs.move(plan.capacities[-1], 0, 2)))
+    figures = compiled_memory(engine.programs.compile(engine.programs.move(plan.shapes.capacities[-1], 0, 2)))
     assert figures.extra <= moving.bytes
 
 
@@ -193,10 +193,10 @@ class Remembering(Drafter):
 @pytest.mark.parametrize("drafter", [Remembering(), *filter(None, DRAFTERS.values())], ids=lambda d: d.name)
 def test_move_program_of_a_drafter_s_state_is_priced(drafter):
     plan = lay_out(
-        TINY, dtype="float32", platform="cpu", batch=4, context=240, drafter=drafter, groups=GROUPS
+        Shapes(TINY, dtype="float32", platform="cpu", batch=4, context=240, drafter=drafter, groups=GROUPS)
     )
-    programs = Programs(TARGET, drafter, plan)
-    figures = compiled_memory(programs.compile(programs.move(plan.capacities[-1], 0, 2)))
+    programs = Programs(TARGET, plan.shapes)
+    figures = compiled_memory(programs.compile(programs.move(plan.shapes.capacities[-1], 0, 2)))
     (moving,) = (p for p in plan.footprint.programs if p.name == "move")
     assert figures.extra <= moving.bytes
     if isinstance(drafter, Remembering):
@@ -205,7 +205,9 @@ def test_move_program_of_a_drafter_s_state_is_priced(drafter):
 
 def test_groups_take_less_than_rows_of_one_width():
     grouped = engine_for("ngram", GROUPS).plan
-    whole = lay_out(TINY, dtype="float32", platform="cpu", batch=4, context=240, drafter=NgramDrafter(8))
+    whole = lay_out(
+        Shapes(TINY, dtype="float32", platform="cpu", batch=4, context=240, drafter=NgramDrafter(8))
+    )
     (mine,), (theirs,) = (
         [b.bytes for b in plan.buffers if b.name == "target KV"] for plan in (grouped, whole)
     )
@@ -230,11 +232,11 @@ def test_places_in_groups(sizes, data):
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.data())
 def test_fewer_rows_keep_the_widest(a, b, c, data):
     groups = ((a, 50), (b, 100), (c, 200))
-    plan = lay_out(TINY, dtype="float32", platform="cpu", batch=a + b + c, context=200, groups=groups)
+    plan = lay_out(Shapes(TINY, dtype="float32", platform="cpu", batch=a + b + c, context=200, groups=groups))
     batch = data.draw(st.integers(1, a + b + c))
     smaller = plan.resized(None, batch)
-    assert smaller.batch == smaller.groups_at(256).rows == batch
-    assert smaller.groups_at(256).most == plan.groups_at(256).most
+    assert smaller.shapes.batch == smaller.shapes.groups_at(256).rows == batch
+    assert smaller.shapes.groups_at(256).most == plan.shapes.groups_at(256).most
 
 
 @pytest.mark.parametrize(
@@ -242,7 +244,7 @@ def test_fewer_rows_keep_the_widest(a, b, c, data):
 )
 def test_groups_that_cannot_be(groups):
     with pytest.raises(ConfigError, match="groups"):
-        lay_out(TINY, dtype="float32", platform="cpu", batch=3, context=200, groups=groups)
+        lay_out(Shapes(TINY, dtype="float32", platform="cpu", batch=3, context=200, groups=groups))
 
 
 def test_a_moved_row_is_written_where_it_belongs():

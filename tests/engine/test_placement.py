@@ -9,21 +9,18 @@ from hypothesis import strategies as st
 from specmemo_jax.draft import NgramDrafter
 from specmemo_jax.engine.placement import UNBOUNDED, Placement
 from specmemo_jax.engine.request import Request
-from specmemo_jax.memory.plan import lay_out
+from specmemo_jax.memory.shapes import Shapes
 from specmemo_jax.testing import TINY
 
 GROUPS = ((2, 56), (1, 110), (1, 240))
 
 
-def plan_of(groups):
+def shapes_of(groups):
     batch, context = sum(rows for rows, _ in groups), groups[-1][1]
-    return lay_out(
-        TINY, dtype="float32", platform="cpu", batch=batch, context=context, drafter=NgramDrafter(4),
-        groups=groups,
-    )  # fmt: skip
+    return Shapes(TINY, "float32", "cpu", context, batch, NgramDrafter(4), groups=groups)
 
 
-PLAN = plan_of(GROUPS)
+SHAPES = shapes_of(GROUPS)
 
 
 def begun(tokens, max_tokens=10**6):
@@ -32,7 +29,7 @@ def begun(tokens, max_tokens=10**6):
 
 @given(st.integers(1, 240), st.sets(st.integers(0, 3)))
 def test_row_for_free_rows_takes_the_narrowest_that_fits(tokens, taken):
-    placement = Placement(PLAN)
+    placement = Placement(SHAPES)
     for row in taken:
         placement.put(row, begun(1))
     slots = [64, 64, 128, 256]
@@ -44,7 +41,7 @@ def test_row_for_free_rows_takes_the_narrowest_that_fits(tokens, taken):
 
 @given(st.lists(st.integers(1, 240), min_size=1, max_size=4), st.data())
 def test_outgrown_rows_have_no_room_for_a_step(lengths, data):
-    placement = Placement(PLAN)
+    placement = Placement(SHAPES)
     for row, tokens in enumerate(lengths):
         placement.put(row, begun(tokens))
     outgrown = dict(placement.outgrown())
@@ -59,7 +56,7 @@ def test_outgrown_rows_have_no_room_for_a_step(lengths, data):
 
 
 def test_move_of_a_paused_request_lets_it_go_on():
-    placement, request = Placement(PLAN), begun(60)
+    placement, request = Placement(SHAPES), begun(60)
     placement.put(0, request)
     request.paused = True
     assert placement.live == {}
@@ -70,7 +67,7 @@ def test_move_of_a_paused_request_lets_it_go_on():
 
 
 def test_take_keeps_the_row_s_text_until_another_is_put_there():
-    placement, request = Placement(PLAN), begun(5, max_tokens=1)
+    placement, request = Placement(SHAPES), begun(5, max_tokens=1)
     placement.put(1, request)
     assert placement.live == {}  # its budget is spent
     assert placement.cached == {1: request}
@@ -83,6 +80,6 @@ def test_take_keeps_the_row_s_text_until_another_is_put_there():
 
 @pytest.mark.parametrize("tokens", [1, 48, 49, 112, 113, 240])
 def test_row_for_a_plan_of_one_group_is_any_row(tokens):
-    placement = Placement(dataclasses.replace(PLAN, groups=()))
+    placement = Placement(dataclasses.replace(SHAPES, groups=()))
     assert placement.row_for(tokens) == 0
     assert {placement.group_of(row) for row in range(4)} == {0}

@@ -10,7 +10,8 @@ from specmemo_jax.draft import NgramDrafter
 from specmemo_jax.engine.program_cache import ProgramCache, plan_keys
 from specmemo_jax.engine.programs import Programs, tuning_bytes
 from specmemo_jax.llama.packing import abstract_target
-from specmemo_jax.memory.plan import make_plan
+from specmemo_jax.memory.plan import lay_out
+from specmemo_jax.memory.shapes import Shapes
 from specmemo_jax.testing import TINY, tiny_llama
 
 FLOAT32 = jnp.dtype("float32")
@@ -18,8 +19,8 @@ FLOAT32 = jnp.dtype("float32")
 
 def programs_on(platform):
     drafter = NgramDrafter(4)
-    plan = make_plan(TINY, dtype=FLOAT32, platform=platform, batch=2, context=100, drafter=drafter)
-    return Programs(abstract_target(TINY, FLOAT32, platform), drafter, plan)
+    plan = lay_out(Shapes(TINY, dtype=FLOAT32.name, platform=platform, batch=2, context=100, drafter=drafter))
+    return Programs(abstract_target(TINY, FLOAT32, platform), plan.shapes)
 
 
 COMPILED = object.__new__(jax.stages.Compiled)
@@ -70,7 +71,7 @@ def test_nothing_is_compiled_later(monkeypatch):
     with LLM(
         TINY, tiny_llama(), drafter=NgramDrafter(4), dtype="float32", max_context=100, max_batch=2
     ) as llm:
-        assert len(llm.plan.capacities) == 1
+        assert len(llm.plan.shapes.capacities) == 1
         llm.engine.runner.programs = cache
         llm.generate([[1, 2, 3] * 5] * 3, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
         llm.generate([[1, 2, 3] * 5] * 3, SamplingParams(seed=1, max_tokens=60, ignore_eos=True))

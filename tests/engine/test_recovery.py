@@ -20,7 +20,8 @@ from specmemo_jax.engine.runner import Runner
 from specmemo_jax.errors import CapacityError, CapacityWarning
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.packing import pack
-from specmemo_jax.memory.plan import POLICIES, lay_out, make_plan
+from specmemo_jax.memory.plan import lay_out
+from specmemo_jax.memory.shapes import POLICIES, Shapes
 from specmemo_jax.mesh.axes import MODEL, model_mesh, sharding
 from specmemo_jax.serve.requests import device_sampling
 from specmemo_jax.testing import TINY, tiny_llama
@@ -36,9 +37,9 @@ DRAFTERS = {"ngram": NgramDrafter(8), "model": DraftModel.of(TARGET, TreeShape.o
 def engine_for(name, batch=1, **choices):
     drafter = DRAFTERS.get(name)
     plan = lay_out(
-        TINY, dtype="float32", platform="cpu", batch=batch, context=200, drafter=drafter, **choices
+        Shapes(TINY, dtype="float32", platform="cpu", batch=batch, context=200, drafter=drafter, **choices)
     )
-    return Engine(TARGET, drafter, plan)
+    return Engine(TARGET, plan)
 
 
 def request(prompt, tokens, params=None, **more):
@@ -88,16 +89,16 @@ def test_turns_read_only_what_is_new(name, params, vanilla):
 @pytest.mark.parametrize("name", ["ngram", "model"])
 def test_a_drafter_that_slept_catches_up(name, vanilla):
     drafter = DRAFTERS[name]
-    plan = make_plan(TINY, dtype="float32", platform="cpu", context=200, drafter=drafter)
-    engine = Engine(TARGET, drafter, plan)
-    order = [plan.tree_nodes, 1, 1, plan.tree_sizes[1], 1, plan.tree_nodes] * 20
+    plan = lay_out(Shapes(TINY, dtype="float32", platform="cpu", context=200, drafter=drafter))
+    engine = Engine(TARGET, plan)
+    order = [plan.shapes.tree_nodes, 1, 1, plan.shapes.tree_sizes[1], 1, plan.shapes.tree_nodes] * 20
     engine.chooser = ScriptedChooser(order, most=5)
     engine.admit(0, request(PROMPT, 100))
     while not (log := engine.rows[0]) or not log.finished:
         engine.burst()
     log = engine.release(0)
     assert log.new_ids == vanilla(PROMPT, 100)
-    assert set(log.tree_nodes) == set(plan.tree_sizes)
+    assert set(log.tree_nodes) == set(plan.shapes.tree_sizes)
     if name == "model":  # the target itself: whatever it proposes is right, if it knows what was said
         deep = [n for n, nodes in zip(log.accepted_lengths, log.tree_nodes, strict=True) if nodes == 4]
         assert all(n == 4 for n in deep[:-1])
@@ -116,7 +117,7 @@ def test_the_baselines_say_the_same(policy, vanilla):
     engine = engine_for("ngram", policy=policy)
     engine.close()
     assert answer(engine, request(PROMPT, 30)).new_ids == vanilla(PROMPT, 30)
-    assert engine.capacity == engine.plan.capacities[-1]  # all of it from the first token on
+    assert engine.capacity == engine.plan.shapes.capacities[-1]  # all of it from the first token on
     assert engine.plan.generation_bytes > engine_for("ngram").plan.generation_bytes
 
 
@@ -148,8 +149,8 @@ def test_a_lost_cache_is_rebuilt_and_the_tokens_stay(monkeypatch):
             "out of device memory; gave up drafter ngram for plain decoding",
             "out of device memory; gave up 2 rows at once for 1",
         ]
-        assert (llm.engine.plan.tree_nodes, llm.engine.plan.batch) == (1, 1)
-        assert llm.engine.plan.context == 200
+        assert (llm.engine.plan.shapes.tree_nodes, llm.engine.plan.shapes.batch) == (1, 1)
+        assert llm.engine.plan.shapes.context == 200
         fail_at(monkeypatch, {0})
         with pytest.raises(CapacityError, match=r"nothing left to give up.*MiB"):
             llm.generate(prompts, params)
@@ -167,18 +168,20 @@ def test_a_mesh_says_the_same(vanilla):
         max_context=256,
     )  # fmt: skip
     drafter = NgramDrafter(4)
-    plan = lay_out(config, dtype="float32", platform="cpu", batch=2, context=100, drafter=drafter, shards=2)
+    plan = lay_out(
+        Shapes(config, dtype="float32", platform="cpu", batch=2, context=100, drafter=drafter, shards=2)
+    )
     weights = tiny_llama(config)
     prompt, results = [token % 96 for token in PROMPT], []
     for shards in (1, 2):
         target = pack(config, iter(weights.items()), jnp.dtype("float32"), shards=shards)
         mesh = model_mesh(jax.devices()[:shards])
-        programs = Programs(target, drafter, plan, mesh)
-        prefill = programs.compile(programs.prefill(plan.capacities[-1], 128))
-        step = programs.compile(programs.step(plan.capacities[-1]))
+        programs = Programs(target, plan.shapes, mesh)
+        prefill = programs.compile(programs.prefill(plan.shapes.capacities[-1], 128))
+        step = programs.compile(programs.step(plan.shapes.capacities[-1]))
         arguments = prefill.input_shardings[0]
-        state = programs.empty_state(plan.capacities[-1])
-        settings = settings_of(Request(prompt, 30), plan)
+        state = programs.empty_state(plan.shapes.capacities[-1])
+        settings = settings_of(Request(prompt, 30))
         inputs = (*chunk_of(prompt, 128, 0, 1), settings)
         leaves, weights_of, state, *inputs = jax.device_put((target.leaves, (), state, *inputs), arguments)
         cache = state.caches[0][0][0]

@@ -14,6 +14,7 @@ from specmemo_jax.engine.request import Request
 from specmemo_jax.engine.scheduler import Scheduler
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.memory.plan import lay_out
+from specmemo_jax.memory.shapes import Shapes
 from specmemo_jax.testing import TINY, tiny_llama
 
 PROMPTS = [np.random.default_rng(i).integers(0, 97, 20).tolist() for i in range(5)]
@@ -31,8 +32,10 @@ def engine_with():
     made = []
 
     def make(trees, batch=2):
-        plan = lay_out(TINY, dtype="float32", platform="cpu", batch=batch, context=240, drafter=CAREFUL)
-        engine = Engine(target(), CAREFUL, plan)
+        plan = lay_out(
+            Shapes(TINY, dtype="float32", platform="cpu", batch=batch, context=240, drafter=CAREFUL)
+        )
+        engine = Engine(target(), plan)
         engine.chooser = ScriptedChooser(trees)
         made.append(engine)
         return engine

@@ -15,6 +15,7 @@ from specmemo_jax.engine.engine import Engine
 from specmemo_jax.errors import CapacityError, RequestError
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.memory.plan import lay_out
+from specmemo_jax.memory.shapes import Shapes
 from specmemo_jax.testing import TINY, tiny_llama, whole_logits
 
 TARGET = pack(TINY, iter(tiny_llama().items()), jnp.dtype("float32"))
@@ -72,15 +73,14 @@ def test_what_was_read_is_not_read_again():
 def test_the_plan_has_its_row():
     plan = llm().plan
     names = {program.name for program in plan.footprint.programs}
-    assert {f"score {width}" for width in plan.chunks} <= names
+    assert {f"score {width}" for width in plan.shapes.chunks} <= names
     for batch, kv_dtype in ((1, None), (3, None), (3, "int8")):
         plan = lay_out(
-            TINY, dtype="float32", platform="cpu", batch=batch, context=TINY.max_context, scoring=True,
-            kv_dtype=kv_dtype,
-        )  # fmt: skip
-        programs = Engine(TARGET, None, plan).programs
-        for width in plan.chunks:
-            figures = compiled_memory(programs.compile(programs.score(plan.capacities[-1], width)))
+            Shapes(TINY, "float32", "cpu", TINY.max_context, batch, kv_dtype=kv_dtype, scoring=True)
+        )
+        programs = Engine(TARGET, plan).programs
+        for width in plan.shapes.chunks:
+            figures = compiled_memory(programs.compile(programs.score(plan.shapes.capacities[-1], width)))
             priced = next(p for p in plan.footprint.programs if p.name == f"score {width}")
             assert figures.extra <= priced.bytes
             assert figures.peak <= plan.peak_bytes

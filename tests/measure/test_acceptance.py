@@ -20,7 +20,8 @@ from specmemo_jax.measure.acceptance import (
     recorded,
     replay,
 )
-from specmemo_jax.memory.plan import make_plan
+from specmemo_jax.memory.plan import lay_out
+from specmemo_jax.memory.shapes import Shapes
 from specmemo_jax.planning.expected import expected_acceptance
 from specmemo_jax.testing import TINY, tiny_llama
 
@@ -37,8 +38,8 @@ def target():
 @functools.cache
 def run(drafter):
     """Answers of the engine with this drafter, the proposals at its steps, and each step's tokens."""
-    plan = make_plan(TINY, dtype=target().dtype, platform="cpu", drafter=drafter)
-    engine = Engine(target(), drafter, plan)
+    plan = lay_out(Shapes(TINY, "float32", "cpu", TINY.max_context, drafter=drafter))
+    engine = Engine(target(), plan)
     answers, steps, lengths = [], [], []
     for prompt in PROMPTS:
         new, proposals = recorded(engine, Request(prompt, TOKENS))

@@ -8,14 +8,15 @@ from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.measure.timing import part_filled
 from specmemo_jax.memory.plan import lay_out
+from specmemo_jax.memory.shapes import Shapes
 from specmemo_jax.testing import TINY, tiny_llama
 
 TARGET = pack(TINY, iter(tiny_llama().items()), jnp.dtype("float32"))
 
 
 def engine_for(drafter):
-    plan = lay_out(TINY, dtype="float32", platform="cpu", batch=2, context=100, drafter=drafter)
-    return Engine(TARGET, drafter, plan)
+    plan = lay_out(Shapes(TINY, dtype="float32", platform="cpu", batch=2, context=100, drafter=drafter))
+    return Engine(TARGET, plan)
 
 
 def test_part_filled_one_bucket_rows_stay_and_match():

@@ -15,7 +15,8 @@ from specmemo_jax.engine.programs import state_shardings
 from specmemo_jax.errors import CapacityError, ConfigError
 from specmemo_jax.files.byte_size import parse_bytes
 from specmemo_jax.llama.packing import pack
-from specmemo_jax.memory.plan import lay_out, make_plan
+from specmemo_jax.memory.plan import lay_out
+from specmemo_jax.memory.shapes import Shapes
 from specmemo_jax.planning.prove import compile_target_for, programs_for
 from specmemo_jax.testing import TINY, tiny_llama
 
@@ -53,16 +54,18 @@ def test_plan_against_the_compiler(name, batch, dtype, kv_dtype):
     drafter = DRAFTERS[name]
     target = pack(TINY, iter(tiny_llama().items()), jnp.dtype(dtype))
     plan = lay_out(
-        TINY,
-        dtype=target.dtype,
-        platform="cpu",
-        batch=batch,
-        context=TINY.max_context,
-        drafter=drafter,
-        kv_dtype=kv_dtype,
+        Shapes(
+            TINY,
+            dtype=target.dtype.name,
+            platform="cpu",
+            batch=batch,
+            context=TINY.max_context,
+            drafter=drafter,
+            kv_dtype=kv_dtype,
+        )
     )
-    engine = Engine(target, drafter, plan)
-    largest = plan.capacities[-1]
+    engine = Engine(target, plan)
+    largest = plan.shapes.capacities[-1]
     state = engine.programs.abstract_state(largest)
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     draft_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.draft_weights))
@@ -72,7 +75,7 @@ def test_plan_against_the_compiler(name, batch, dtype, kv_dtype):
     for sampled in (False, True):
         programs = [
             engine.step_program(largest, sampled),
-            engine.prefill_program(largest, plan.chunks[0], sampled),
+            engine.prefill_program(largest, plan.shapes.chunks[0], sampled),
         ]
         for program in programs:
             figures = compiled_memory(program)
@@ -85,10 +88,10 @@ def test_a_mesh_holds_its_share_of_the_vocabulary():
     config = dataclasses.replace(TINY, vocab_size=2**17, hidden_size=32, num_heads=8, num_kv_heads=8)
     drafter, batch = NgramDrafter(4), 4
     plan = lay_out(
-        config, dtype="float32", platform="cpu", batch=batch, context=200, drafter=drafter, shards=8
+        Shapes(config, dtype="float32", platform="cpu", batch=batch, context=200, drafter=drafter, shards=8)
     )
     programs = programs_for(plan, compile_target_for(find_device("cpu"), "float32", 8))
-    state = programs.abstract_state(plan.capacities[-1])
+    state = programs.abstract_state(plan.shapes.capacities[-1])
     assert programs.mesh is not None
     kept = [
         place.shard_shape(leaf.shape)
@@ -100,27 +103,30 @@ def test_a_mesh_holds_its_share_of_the_vocabulary():
         sum(buffer.bytes for buffer in plan.buffers) - plan.weights_bytes, abs=256
     )
     assert (batch, 2**14) in kept
-    for lower in (programs.prefill(plan.capacities[-1], 128, True), programs.step(plan.capacities[-1], True)):
+    for lower in (
+        programs.prefill(plan.shapes.capacities[-1], 128, True),
+        programs.step(plan.shapes.capacities[-1], True),
+    ):
         figures = compiled_memory(programs.compile(lower))
         assert figures.extra <= plan.footprint.largest.bytes
 
 
 def test_shapes_are_the_plans():
-    cpu = make_plan(TINY, dtype=F32, platform="cpu", context=200, drafter=NgramDrafter(8))
-    assert cpu.capacities == (256,)
-    assert cpu.tree_nodes == 8
-    assert make_plan(TINY, dtype=F32, platform="gpu").capacities == (320,)
+    cpu = lay_out(Shapes(TINY, dtype=F32.name, platform="cpu", context=200, drafter=NgramDrafter(8)))
+    assert cpu.shapes.capacities == (256,)
+    assert cpu.shapes.tree_nodes == 8
+    assert Shapes(TINY, dtype=F32.name, platform="gpu", context=256).capacities == (320,)
     assert "target KV" in cpu.table()
     assert cpu.generation_bytes == cpu.peak_bytes - cpu.weights_bytes
 
 
 def test_contexts_and_batches_that_cannot_be():
     with pytest.raises(CapacityError, match="512 exceeds the model's 256"):
-        make_plan(TINY, dtype=F32, platform="cpu", context=512)
+        Shapes(TINY, dtype=F32.name, platform="cpu", context=512)
     with pytest.raises(ConfigError, match="max_batch"):
-        make_plan(TINY, dtype=F32, platform="cpu", batch=0)
+        Shapes(TINY, dtype=F32.name, platform="cpu", context=256, batch=0)
     with pytest.raises(ConfigError, match="max_context"):
-        make_plan(TINY, dtype=F32, platform="cpu", context=0)
+        Shapes(TINY, dtype=F32.name, platform="cpu", context=0)
 
 
 @given(st.integers(1, 2**40))

@@ -11,6 +11,7 @@ from specmemo_jax.devices.table import find_device
 from specmemo_jax.draft import NgramDrafter
 from specmemo_jax.errors import BudgetError
 from specmemo_jax.memory.plan import lay_out
+from specmemo_jax.memory.shapes import Shapes
 from specmemo_jax.memory.workload import MOST_GROUPS, NARROWEST, STEP_ROOM, WORTH, Workload, groups_for
 from specmemo_jax.planning.profile import ExpectedAcceptance
 from specmemo_jax.planning.search import BATCH_CHOICES, Candidate, PlanRequest, search
@@ -39,7 +40,7 @@ def test_groups_serve_the_lengths(lengths, batch, context):
         needing = sum(length > narrow[1] for length in lengths)
         wider = sum(rows for rows, own in groups if own >= wide[1])
         assert wider >= int(batch * needing / len(lengths))
-    lay_out(LONG, dtype="float32", platform="cpu", batch=batch, context=context, groups=groups)
+    lay_out(Shapes(LONG, dtype="float32", platform="cpu", batch=batch, context=context, groups=groups))
 
 
 def test_a_few_long_requests_need_few_wide_rows():
@@ -57,19 +58,19 @@ def test_groups_make_a_plan_smaller():
     speed = roofline(find_device("titan-rtx"))
     one = search(task(10), OPTIONS, speed)
     grouped = search(task(10, (150,) * 95 + (2000,) * 5), OPTIONS, speed)
-    assert one.groups == ()
-    assert len(grouped.groups) > 1
+    assert one.shapes.groups == ()
+    assert len(grouped.shapes.groups) > 1
     assert grouped.bounds is not None
     assert one.bounds is not None
     assert grouped.bounds.least_budget < one.bounds.least_budget
-    assert grouped.context == 2000
+    assert grouped.shapes.context == 2000
 
 
 def test_the_batch_is_the_fastest_that_fits():
     speed = roofline(find_device("titan-rtx"))
     most = search(task(None), OPTIONS, speed)
-    assert most.batch in BATCH_CHOICES
-    assert most.batch > 8  # a step of a tiny model costs the same for many rows
+    assert most.shapes.batch in BATCH_CHOICES
+    assert most.shapes.batch > 8  # a step of a tiny model costs the same for many rows
     assert most.bounds is not None
     assert most.bounds.most_rows is not None
     three = search(task(3), OPTIONS, speed)
@@ -77,7 +78,7 @@ def test_the_batch_is_the_fastest_that_fits():
     tight = search(task(None), OPTIONS, speed, three.bounds.least_budget)
     assert tight.bounds is not None
     assert tight.bounds.most_rows is not None
-    assert tight.batch <= 3 <= tight.bounds.most_rows
+    assert tight.shapes.batch <= 3 <= tight.bounds.most_rows
     assert tight.peak_bytes <= three.bounds.least_budget
     with pytest.raises(BudgetError, match="would work"):
         search(task(None), OPTIONS, speed, 10**6)

@@ -8,7 +8,7 @@ from some_calibration import some_calibration
 from specmemo_jax.checkpoints.zoo import zoo_config
 from specmemo_jax.devices.table import DEVICES
 from specmemo_jax.errors import ConfigError
-from specmemo_jax.memory.buffers import Cost
+from specmemo_jax.llama.buffers import Cost
 from specmemo_jax.memory.workload import Workload
 from specmemo_jax.planning.calibration import PrefillPoint, StepPoint
 from specmemo_jax.planning.speed import calibrated, pass_cost, roofline, tokens_per_second

@@ -8,13 +8,14 @@ from specmemo_jax.devices.compiled import CompiledCheck
 from specmemo_jax.devices.table import find_device
 from specmemo_jax.draft import NgramDrafter
 from specmemo_jax.errors import ConfigError, SpecMemoError
+from specmemo_jax.files.byte_size import format_bytes
 from specmemo_jax.memory.workload import Workload
 from specmemo_jax.planning.frontier import check_frontier_file, read_measured, write_frontier
 from specmemo_jax.planning.profile import ExpectedAcceptance
 from specmemo_jax.planning.request import Planning
 from specmemo_jax.planning.search import Candidate, PlanRequest
 from specmemo_jax.planning.speed import roofline
-from specmemo_jax.planning.view import WIDTH, as_json, as_text, size, theory_of
+from specmemo_jax.planning.view import WIDTH, as_json, as_text, theory_of
 from specmemo_jax.testing import TINY
 
 
@@ -49,7 +50,7 @@ def test_no_line_of_the_text_is_too_wide_and_none_has_codes(plan):
 def test_terms_of_the_text_are_those_of_the_plan_and_sizes_end_in_one_column(plan):
     text = as_text(plan, "tiny")
     for term in plan.terms:
-        assert re.search(rf"{re.escape(term.name)} .*{re.escape(size(term.bytes))} ", text), term
+        assert re.search(rf"{re.escape(term.name)} .*{re.escape(format_bytes(term.bytes))} ", text), term
     rows = [line for line in text.splitlines() if line.endswith("%")]
     ends = {re.search(r" (B|KiB|MiB|GiB)  ", row).end() for row in rows}  # pyright: ignore[reportOptionalMemberAccess]
     assert len(ends) == 1
@@ -58,7 +59,7 @@ def test_terms_of_the_text_are_those_of_the_plan_and_sizes_end_in_one_column(pla
 
 
 def test_text_says_where_numbers_come_from(plan):
-    assert plan.drafter is not None
+    assert plan.shapes.drafter is not None
     text = as_text(plan, "tiny")
     for part in (
         "titan-rtx",
@@ -98,7 +99,10 @@ def test_the_compilers_word_beside_the_theory(plan):
     theory = {p.name: p.bytes for p in plan.footprint.programs}
     assert by_name["step 8, greedy"] == theory["step 8"]
     assert by_name["step 1, greedy"] == theory["step 1"]
-    assert theory_of(plan, f"prefill {plan.chunks[0]}, sampled") == theory[f"prefill {plan.chunks[0]}"]
+    assert (
+        theory_of(plan, f"prefill {plan.shapes.chunks[0]}, sampled")
+        == theory[f"prefill {plan.shapes.chunks[0]}"]
+    )
     text = as_text(proved(plan, excess), "tiny")
     assert "compiled for a compiler, bfloat16" in text
     assert "bfloat16 stands in for float16" in text
@@ -117,7 +121,7 @@ def test_frontier_as_csv(plan, tmp_path):
     assert peaks == sorted(peaks)
     assert rates == sorted(rates)
     (chosen,) = (row for row in rows if row["kind"] == "chosen")
-    assert (int(chosen["peak_bytes"]), int(chosen["context"])) == (plan.peak_bytes, plan.context)
+    assert (int(chosen["peak_bytes"]), int(chosen["context"])) == (plan.peak_bytes, plan.shapes.context)
     (least,) = (row for row in rows if row["kind"] == "least_budget")
     assert int(least["peak_bytes"]) == peaks[0]
     assert rows[-1]["kind"] == "measured"
@@ -164,4 +168,4 @@ def test_measured_points_that_are_not_understood(tmp_path, text, message):
     ("found", "shown"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (-(2**21), "-2.00 MiB")]
 )
 def test_sizes(found, shown):
-    assert size(found) == shown
+    assert format_bytes(found) == shown

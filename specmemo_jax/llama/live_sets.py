@@ -10,12 +10,10 @@ devices splits heads, ffn columns and vocabulary, and leaves hidden states whole
 
 import dataclasses
 import math
-from typing import Protocol, runtime_checkable
 
+from specmemo_jax.llama.buffers import Buffer
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.llama.kv import Groups
 from specmemo_jax.llama.tiles import tiled_rows
-from specmemo_jax.memory.buffers import Buffer, Cost
 
 LiveSet = tuple[Buffer, ...]  # buffers that exist at once
 
@@ -296,61 +294,3 @@ def _product(p: ForwardShape, name: str, rows: int, out: int, inner: int) -> Buf
     parts = _splits(p, rows, out, inner)
     plain = rows * out * FULL
     return Buffer(name, (parts, rows, out), "float32", parts * plain + workspace(p).bytes)
-
-
-@runtime_checkable
-class DraftCost(Protocol):
-    """The part of a drafter that a plan prices: its tree's size and its own buffers."""
-
-    @property
-    def num_nodes(self) -> int:
-        """T, root included."""
-        ...
-
-    @property
-    def max_depth(self) -> int:
-        """Levels below the root."""
-        ...
-
-    @property
-    def is_chain(self) -> bool:
-        """Every tree is one path in node order."""
-        ...
-
-    @property
-    def max_leaves(self) -> int:
-        """The most leaves a tree can have."""
-        ...
-
-    @property
-    def verify_buckets(self) -> tuple[int, ...]:
-        """Numbers of nodes that verification is compiled for, rising to ``num_nodes``."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """What tables call it."""
-        ...
-
-    @property
-    def tree_sizes(self) -> tuple[int, ...]:
-        """Sizes of tree to move between, rising to ``num_nodes``."""
-        ...
-
-    def limited(self, num_nodes: int) -> "DraftCost":
-        """The same on the same state, with the trees of another of its `tree_sizes`."""
-        ...
-
-    def work(self, config: LlamaConfig, itemsize: int, batch: int, length: int) -> Cost:
-        """What drafting costs a step."""
-        ...
-
-    def buffers(self, groups: Groups) -> tuple[Buffer, ...]:
-        """Device buffers it keeps for rows of so many positions, weights included."""
-        ...
-
-    def live_sets(self, target: ForwardShape, chunk: int | None) -> tuple[LiveSet, ...]:
-        """Sets of buffers that live at once while it drafts beside a target whose verification is ``target``;
-        ``chunk``: while it reads so much of a prompt.
-        """
-        ...
