@@ -56,7 +56,7 @@ def main() -> int:
         )
         for policy in POLICIES
     }
-    if len({llm.plan.shapes.drafter for llm in engines.values()}) > 1:
+    if len({llm.plan.drafter for llm in engines.values()}) > 1:
         parser.error("the planner chose different drafters; --drafter with one shape would work")
     conversations = questions(options)
     times: dict[Policy, list[float]] = {policy: [] for policy in POLICIES}

@@ -77,7 +77,7 @@ def main() -> int:
     print(f"lower bound {bounds.lower_bound / MIB:.1f} MiB for context {options.max_context}")
     shared = {"max_context": options.max_context, "adaptive": False}
     with LLM(options.model, memory_budget=bounds.lower_bound, **shared) as llm:
-        print(f"planned: {llm.plan.shapes.drafter}, C={llm.plan.shapes.chunks}")
+        print(f"planned: {llm.plan.drafter}, C={llm.plan.shapes.chunks}")
         answers, wrong = chat(llm, options)
     with LLM(options.model, **shared) as llm:
         free, more = chat(llm, options)

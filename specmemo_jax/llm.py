@@ -161,6 +161,11 @@ class LLM:
         self.tokenizer, self._no_tokenizer = opened.texts()
         self.engine = Engine(self.target, self.plan, adaptive, compiled)
 
+    @property
+    def drafter(self) -> Drafter | None:
+        """What guesses; None for plain decoding."""
+        return self.engine.drafter
+
     def __enter__(self) -> "LLM":
         self._turn.check()
         return self
@@ -251,8 +256,8 @@ class LLM:
         if not 1 <= begin < len(ids):
             would = f"from 1 to {len(ids) - 1}" if len(ids) > 1 else "two ids at least"
             raise RequestError(f"begin {begin} of {len(ids)} ids; {would} would work")
-        if len(ids) > self.plan.shapes.context:
-            raise RequestError(f"{len(ids)} ids to score, the context holds {self.plan.shapes.context}")
+        if len(ids) > self.plan.context:
+            raise RequestError(f"{len(ids)} ids to score, the context holds {self.plan.context}")
         with self._turn.held():
             return self.engine.score(ids, begin)
 

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with LLM(options.model, drafter=options.drafter, max_context=options.max_context) as llm:
         session = ChatSession(llm, sampling_params=params)
-        print(f"{llm.name}, context {llm.plan.shapes.context}. /retry, /reset; /quit ends.")
+        print(f"{llm.name}, context {llm.plan.context}. /retry, /reset; /quit ends.")
         while (text := ask()) != "/quit":
             try:
                 if text == "/reset":

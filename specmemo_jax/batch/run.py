@@ -117,12 +117,7 @@ def run_batch(
     }
     shapes = llm.plan.shapes
     settings = {
-        "model": (
-            Path(llm.name).name,
-            dataclasses.asdict(llm.config),
-            shapes.dtype,
-            shapes.cache_dtype,
-        ),
+        "model": (Path(llm.name).name, dataclasses.asdict(llm.config), shapes.dtype, shapes.cache_dtype),
         "sampling": numbers,
         "seed": seed,
     }
@@ -231,7 +226,7 @@ class _Run:
     def answer(self, lines: Iterable[Line]) -> BatchSummary:
         """Write a row for each line that is not done."""
         began = time.perf_counter()
-        ahead = AHEAD * self.llm.plan.shapes.batch
+        ahead = AHEAD * self.llm.plan.batch
         with contextlib.closing(self.llm.run_jobs(self._jobs(lines), ahead=ahead)) as running:
             for job in running:
                 if job.output is None:
@@ -289,6 +284,6 @@ def job_of(llm: FrontDoor, line: Line, seed: int, key: str | None = None) -> Job
     if isinstance(prompt, str):
         prompt = tuple(llm.prompt_ids(prompt, line.number))
     if not line.has_limit and params.max_tokens is not None:
-        room = max(llm.plan.shapes.context - len(prompt), 1)
+        room = max(llm.plan.context - len(prompt), 1)
         params = dataclasses.replace(params, max_tokens=min(params.max_tokens, room))
     return llm.job(prompt, params, line.number)

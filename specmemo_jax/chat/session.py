@@ -165,7 +165,7 @@ class ChatSession:
         now = {
             "turns": len(self.turns),
             "context_used": len(self.ids),
-            "context": self.llm.plan.shapes.context,
+            "context": self.llm.plan.context,
             "memory_bytes": memory_used(self.llm.engine, self.llm.plan),
             "planned_bytes": self.llm.plan.peak_bytes,
         }
@@ -188,7 +188,7 @@ class ChatSession:
         if not text.strip():
             raise RequestError("an empty message; a text works")
         params = params or self.sampling_params
-        context, drop = self.llm.plan.shapes.context, self.overflow == "drop-oldest"
+        context, drop = self.llm.plan.context, self.overflow == "drop-oldest"
         room = params.max_tokens or max(1, params.min_tokens, min(LONGEST_ANSWER, context // 4))
         kept, prompt, whole = fit(
             self.tokenizer, self.system, turns, text, room, context, drop, self._ways_out()
@@ -211,11 +211,9 @@ class ChatSession:
             ways += ["overflow='drop-oldest' (--overflow drop-oldest)", "undo", "clear"]
         else:
             ways += ["a shorter message"]
-        return (
-            ways
-            if plan.shapes.context >= most
-            else [*ways, f"a larger max_context (the model's own is {most})"]
-        )
+        if plan.context < most:
+            ways.append(f"a larger max_context (the model's own is {most})")
+        return ways
 
     def _record(self, stream: "ChatStream") -> None:
         """Take an answer in that has ended."""

@@ -32,7 +32,7 @@ def answer(
     *,
     chat: bool | None = None,
 ) -> None:
-    """AnsweredTurn every turn of every record and hand each `AnsweredTurn` to ``emit`` as it ends.
+    """Answer every turn of every record and hand each `AnsweredTurn` to ``emit`` as it ends.
 
     ``params``: one for all, or for each record one for each of its turns. ``chat``: whether
     plain text is put as a user's message; None: if the model has a chat template. Everything
@@ -141,7 +141,7 @@ def _opening(llm: LLM, record: PromptRecord, chat: bool | None) -> tuple[list[in
 
 
 def _check(llm: LLM, conversation: Conversation) -> None:
-    record, vocab, context = conversation.record, llm.config.vocab_size, llm.plan.shapes.context
+    record, vocab, context = conversation.record, llm.config.vocab_size, llm.plan.context
     for token in conversation.ids:
         if token >= vocab:
             raise RequestError(

@@ -58,8 +58,7 @@ class Repl:
         if self._reader.interactive:
             llm = self.session.llm
             notice(
-                f"{llm.name}, context of {llm.plan.shapes.context} tokens. "
-                "/help lists the commands, Ctrl-D ends."
+                f"{llm.name}, context of {llm.plan.context} tokens. /help lists the commands, Ctrl-D ends."
             )
         interrupted = False
         with self._sink:

@@ -61,7 +61,7 @@ def generate(
     style: options.Style = options.Format.auto,
     stream: options.Stream = None,
 ) -> None:
-    """AnsweredTurn one prompt or many.
+    """Answer one prompt or many.
 
     Prompts are arguments, text files, a text on standard input, or JSONL. A line of JSONL is
     {"prompt": "text"}, {"prompt": [token ids]}, {"messages": [...]} or {"turns": [...]} (MT-Bench's

@@ -48,7 +48,7 @@ class Engine:
         compiled: ProgramCache | None = None,
     ):
         self.target, self.adaptive = target, adaptive
-        drafter = plan.shapes.drafter
+        drafter = plan.drafter
         self.draft_weights = () if drafter is None else drafter.weights(target)
         self.prefilled_tokens = self.moved_rows = 0
         self._set_up(plan, compiled)
@@ -68,7 +68,7 @@ class Engine:
         """Go on with other shapes and an empty device state; their drafter: the old one, limited, or None."""
         self.close()
         self.runner.programs.close()
-        if plan.shapes.drafter is None:
+        if plan.drafter is None:
             self.draft_weights = ()
         self._set_up(plan)
 

@@ -82,9 +82,7 @@ class SpecMemoLM(TemplateLM):
         totals = []
         for request in tqdm(requests, desc="Scoring", disable=disable_tqdm):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            windows = get_rolling_token_windows(
-                ids, self.prefix_token_id, self.llm.plan.shapes.context - 1, 1
-            )
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.llm.plan.context - 1, 1)
             scored = (self._score(*make_disjoint_window(window)) for window in windows)
             totals.append(float(sum(scores.sum() for scores, _ in scored)))
         return totals
@@ -98,9 +96,9 @@ class SpecMemoLM(TemplateLM):
             most = asked.get("max_gen_toks", MAX_GEN_TOKENS)
             temperature = asked.get("temperature", 1.0) if asked.get("do_sample") else 0.0
             ids = self.tok_encode(context)
-            room = self.llm.plan.shapes.context - most
+            room = self.llm.plan.context - most
             if room < 1:
-                raise RequestError(f"max_gen_toks {most}: the context holds {self.llm.plan.shapes.context}")
+                raise RequestError(f"max_gen_toks {most}: the context holds {self.llm.plan.context}")
             prompts.append(ids[-room:])
             stop = [until] if isinstance(until, str) else list(until)
             params.append(
@@ -113,10 +111,10 @@ class SpecMemoLM(TemplateLM):
         return [output.outputs[0].text for output in outputs]
 
     def _score(self, context: list[int], continuation: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        ids = [*context, *continuation][-self.llm.plan.shapes.context :]
+        ids = [*context, *continuation][-self.llm.plan.context :]
         if len(continuation) >= len(ids):
             raise RequestError(
                 f"a continuation of {len(continuation)} tokens does not fit the context of "
-                f"{self.llm.plan.shapes.context}; a larger max_context would work"
+                f"{self.llm.plan.context}; a larger max_context would work"
             )
         return self.llm.log_likelihoods(ids, len(ids) - len(continuation))

@@ -62,6 +62,26 @@ class MemoryPlan:
     proof: CompiledCheck | None = None
 
     @property
+    def batch(self) -> int:
+        """B rows (`Shapes`)."""
+        return self.shapes.batch
+
+    @property
+    def context(self) -> int:
+        """The most tokens a row may hold (`Shapes`)."""
+        return self.shapes.context
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """What proposes (`Shapes`)."""
+        return self.shapes.drafter
+
+    @property
+    def tree_nodes(self) -> int:
+        """T (`Shapes`)."""
+        return self.shapes.tree_nodes
+
+    @property
     def buffers(self) -> tuple[Buffer, ...]:
         """Persistent ones."""
         return self.footprint.persistent

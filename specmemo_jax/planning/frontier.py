@@ -137,7 +137,7 @@ def _draw(
     axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
     axes.set_title(
-        f"{model} on {chosen.device.slug}, {chosen.shapes.dtype}, batch {chosen.shapes.batch}", loc="left"
+        f"{model} on {chosen.device.slug}, {chosen.shapes.dtype}, batch {chosen.batch}", loc="left"
     )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -77,7 +77,7 @@ class Planning:
         workload, request = self.request.workload, self.request
         if workload.batch is None or workload.context is None:
             chosen = self.plan()
-            workload = dataclasses.replace(workload, batch=chosen.shapes.batch, context=chosen.shapes.context)
+            workload = dataclasses.replace(workload, batch=chosen.batch, context=chosen.context)
             request = dataclasses.replace(request, workload=workload)
         return frontier(candidates(request, self.offered, self.speed))
 

@@ -107,7 +107,7 @@ def bounds(plans: Sequence[MemoryPlan], memory: int) -> Bounds:
     most = best_within(plans, memory) or best_within(plans, max(plan.peak_bytes for plan in plans))
     assert most is not None
     fast = [plan.peak_bytes for plan in plans if _rate(plan) >= KEPT_THROUGHPUT * _rate(most)]
-    drafting = [plan.peak_bytes for plan in plans if plan.shapes.drafter is not None]
+    drafting = [plan.peak_bytes for plan in plans if plan.drafter is not None]
     return Bounds(
         lower_bound=min(fast),
         least_budget=min(plan.peak_bytes for plan in plans),
@@ -242,23 +242,20 @@ def _speed(plan: MemoryPlan, candidate: Candidate, request: PlanRequest, speed: 
     """Expected new tokens a second of all rows, prefill counted."""
     config, dtype, B, shards = request.config, request.dtype, request.workload.rows, request.shards
     work = request.workload
-    slots = plan.shapes.capacity_for(
-        min(work.prompt_tokens + work.new_tokens // 2, plan.shapes.context) + plan.shapes.slack
-    )
+    shapes, halfway = plan.shapes, work.prompt_tokens + work.new_tokens // 2
+    slots = shapes.capacity_for(min(halfway, shapes.context) + shapes.slack)
     step = 0.0
     for nodes, share in candidate.expected_acceptance.widths_of_batch(B):
         if share:
             step += share * speed.step_seconds(config, dtype, B, nodes, slots, shards)
-            step += share * speed.draft_seconds(_rereading(plan.shapes, nodes, slots), dtype)
+            step += share * speed.draft_seconds(_rereading(shapes, nodes, slots), dtype)
     if candidate.drafter is not None:
         item = jnp.dtype(dtype).itemsize
         step += speed.draft_seconds(candidate.drafter.work(config, item, B, slots), dtype)
-    chunk = plan.shapes.chunks[0]
+    chunk = shapes.chunks[0]
     prefill = speed.prefill_seconds(config, dtype, work.prompt_tokens, chunk, shards)
     chunks = -(-work.prompt_tokens // chunk)
-    prefill += chunks * speed.draft_seconds(
-        _rereading(plan.shapes, chunk, work.prompt_tokens // 2, rows=1), dtype
-    )
+    prefill += chunks * speed.draft_seconds(_rereading(shapes, chunk, work.prompt_tokens // 2, rows=1), dtype)
     return tokens_per_second(work, step, candidate.expected_acceptance.accepted_length, B * prefill)
 
 
@@ -266,9 +263,9 @@ def _rereading(shapes: Shapes, nodes: int, slots: int, rows: int | None = None) 
     """Reading the cache and the head once more for each further part of a pass."""
     config, item = shapes.config, jnp.dtype(shapes.dtype).itemsize
     B = shapes.batch if rows is None else rows
-    vector = (
-        config.head_dim + 4 if shapes.cache_dtype == "int8" else config.head_dim * item
-    )  # int8 has a scale
+    vector = config.head_dim * item
+    if shapes.cache_dtype == "int8":
+        vector = config.head_dim + 4  # and a scale
     cache = 2 * config.num_layers * B * config.num_kv_heads * slots * vector
     again = 0.0
     if shapes.score_nodes is not None:
@@ -282,14 +279,14 @@ def _largest_context(plan: MemoryPlan, limit: int) -> int:
     """The most context that fits with the same choice, in steps of `SLOTS`, and never less than it has."""
 
     def fits(context: int) -> bool:
-        return plan.resized(plan.shapes.drafter, plan.shapes.batch, context).peak_bytes <= limit
+        return plan.resized(plan.drafter, plan.batch, context).peak_bytes <= limit
 
-    low, high = plan.shapes.context, plan.shapes.config.max_context
+    low, high = plan.context, plan.shapes.config.max_context
     while low < high:  # it lies in low..high
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     rounded = low // SLOTS * SLOTS
-    return rounded if plan.shapes.context < rounded < plan.shapes.config.max_context else low
+    return rounded if plan.context < rounded < plan.shapes.config.max_context else low
 
 
 def _too_small(request: PlanRequest, limit: int, whole_device: bool, nearest: MemoryPlan) -> BudgetError:
@@ -298,14 +295,11 @@ def _too_small(request: PlanRequest, limit: int, whole_device: bool, nearest: Me
     terms = sorted(nearest.terms, key=lambda term: -term.bytes)[:4]
     largest = ", ".join(f"{term.name} {format_bytes(term.bytes)}" for term in terms)
     reserve = f", runtime reserve {format_bytes(nearest.reserve_bytes)}" if nearest.reserve_bytes else ""
-    asked = (
-        f"{request.device.name} has {format_bytes(limit)}"
-        if whole_device
-        else f"memory_budget {format_bytes(limit)}"
-    )
+    asked = f"{request.device.name} has" if whole_device else "memory_budget"
     least = nearest.bounds.least_budget
     return BudgetError(
-        f"{asked}, too small for context {shapes.context}, batch {shapes.batch}: {largest}{reserve}. "
+        f"{asked} {format_bytes(limit)}, too small for context {shapes.context}, batch {shapes.batch}: "
+        f"{largest}{reserve}. "
         f"The nearest plan is {shapes.drafter_name} with T={shapes.tree_nodes}, C={shapes.chunks[0]}; "
         f"{least} bytes ({format_bytes(least)}) would work",
         least_budget=least,

@@ -181,7 +181,7 @@ def test_lines_are_read_as_they_are_needed(llm, tmp_path, monkeypatch):
         most = max(most, len(read) - summary.rows)
 
     assert run(llm, path, out, progress=show).answered == 60
-    assert most <= (2 + 1) * llm.plan.shapes.batch
+    assert most <= (2 + 1) * llm.plan.batch
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -91,7 +91,7 @@ def test_a_drafter_that_slept_catches_up(name, vanilla):
     drafter = DRAFTERS[name]
     plan = lay_out(Shapes(TINY, dtype="float32", platform="cpu", context=200, drafter=drafter))
     engine = Engine(TARGET, plan)
-    order = [plan.shapes.tree_nodes, 1, 1, plan.shapes.tree_sizes[1], 1, plan.shapes.tree_nodes] * 20
+    order = [plan.tree_nodes, 1, 1, plan.shapes.tree_sizes[1], 1, plan.tree_nodes] * 20
     engine.chooser = ScriptedChooser(order, most=5)
     engine.admit(0, request(PROMPT, 100))
     while not (log := engine.rows[0]) or not log.finished:
@@ -149,8 +149,8 @@ def test_a_lost_cache_is_rebuilt_and_the_tokens_stay(monkeypatch):
             "out of device memory; gave up drafter ngram for plain decoding",
             "out of device memory; gave up 2 rows at once for 1",
         ]
-        assert (llm.engine.plan.shapes.tree_nodes, llm.engine.plan.shapes.batch) == (1, 1)
-        assert llm.engine.plan.shapes.context == 200
+        assert (llm.engine.plan.tree_nodes, llm.engine.plan.batch) == (1, 1)
+        assert llm.engine.plan.context == 200
         fail_at(monkeypatch, {0})
         with pytest.raises(CapacityError, match=r"nothing left to give up.*MiB"):
             llm.generate(prompts, params)

@@ -102,7 +102,7 @@ def test_whole_texts_in_windows(llm, model):
     scores, _ = llm.log_likelihoods([model.prefix_token_id, *llm.tokenizer.encode("ab and the")])
     assert rolled("ab and the") == pytest.approx(scores.sum(), abs=1e-3)
     text = "ab and the " * 40
-    ids, window = llm.tokenizer.encode(text), llm.plan.shapes.context - 1
+    ids, window = llm.tokenizer.encode(text), llm.plan.context - 1
     assert window < len(ids) < 2 * window
     first, _ = llm.log_likelihoods([model.prefix_token_id, *ids[:window]])
     rest = ids[-window - 1 :]  # the last window has all the context that fits

@@ -114,7 +114,7 @@ def test_a_mesh_holds_its_share_of_the_vocabulary():
 def test_shapes_are_the_plans():
     cpu = lay_out(Shapes(TINY, dtype=F32.name, platform="cpu", context=200, drafter=NgramDrafter(8)))
     assert cpu.shapes.capacities == (256,)
-    assert cpu.shapes.tree_nodes == 8
+    assert cpu.tree_nodes == 8
     assert Shapes(TINY, dtype=F32.name, platform="gpu", context=256).capacities == (320,)
     assert "target KV" in cpu.table()
     assert cpu.generation_bytes == cpu.peak_bytes - cpu.weights_bytes

@@ -63,14 +63,14 @@ def test_groups_make_a_plan_smaller():
     assert grouped.bounds is not None
     assert one.bounds is not None
     assert grouped.bounds.least_budget < one.bounds.least_budget
-    assert grouped.shapes.context == 2000
+    assert grouped.context == 2000
 
 
 def test_the_batch_is_the_fastest_that_fits():
     speed = roofline(find_device("titan-rtx"))
     most = search(task(None), OPTIONS, speed)
-    assert most.shapes.batch in BATCH_CHOICES
-    assert most.shapes.batch > 8  # a step of a tiny model costs the same for many rows
+    assert most.batch in BATCH_CHOICES
+    assert most.batch > 8  # a step of a tiny model costs the same for many rows
     assert most.bounds is not None
     assert most.bounds.most_rows is not None
     three = search(task(3), OPTIONS, speed)
@@ -78,7 +78,7 @@ def test_the_batch_is_the_fastest_that_fits():
     tight = search(task(None), OPTIONS, speed, three.bounds.least_budget)
     assert tight.bounds is not None
     assert tight.bounds.most_rows is not None
-    assert tight.shapes.batch <= 3 <= tight.bounds.most_rows
+    assert tight.batch <= 3 <= tight.bounds.most_rows
     assert tight.peak_bytes <= three.bounds.least_budget
     with pytest.raises(BudgetError, match="would work"):
         search(task(None), OPTIONS, speed, 10**6)

@@ -64,7 +64,7 @@ def test_the_least_budget_is_the_least(model, device, drafter, batch, context, p
         plan = planned(planning, least)
         assert plan.peak_bytes <= least
         assert bounds_of(plan).least_budget == least
-        assert plan.shapes.context >= planning.request.workload.tokens
+        assert plan.context >= planning.request.workload.tokens
 
 
 def test_the_lower_bound_keeps_the_speed():
@@ -86,7 +86,7 @@ def test_a_smaller_budget_gives_a_smaller_plan_of_the_same_context():
     planning = request()
     large, small = planning.plan(), planned(planning, bounds_of(planning.plan()).least_budget)
     assert small.peak_bytes < large.peak_bytes
-    assert small.shapes.context == large.shapes.context == 2048
+    assert small.context == large.context == 2048
     assert expected_of(small).tokens_per_second <= expected_of(large).tokens_per_second
     assert expected_of(large).tokens_per_second > expected_of(large).vanilla_tokens_per_second
 
@@ -97,13 +97,13 @@ def test_an_open_context_is_the_largest_that_fits():
     budget = min(plan.peak_bytes for plan in plans) + 2**28
     plan = planned(planning, budget)
     assert plan.peak_bytes <= budget
-    assert 200 < plan.shapes.context < 4096
+    assert 200 < plan.context < 4096
     wider = dataclasses.replace(
         planning, request=dataclasses.replace(planning.request, workload=dataclasses.replace(
-            planning.request.workload, context=plan.shapes.context + 128))
+            planning.request.workload, context=plan.context + 128))
     )  # fmt: skip
     choices = operator.attrgetter("shapes.chunks", "shapes.score_nodes", "shapes.logit_nodes")
-    options = [option for option in planning.offered if option.drafter == plan.shapes.drafter]
+    options = [option for option in planning.offered if option.drafter == plan.drafter]
     fits = [
         p for p in candidates(wider.request, options, wider.speed)
         if choices(p) == choices(plan) and p.peak_bytes <= budget
@@ -132,7 +132,7 @@ def test_plan_with_an_open_context_is_the_plan_for_the_one_it_chose(
         return
     work = open_.request.workload
     fields |= {"prompt_tokens": work.prompt_tokens, "new_tokens": work.new_tokens}
-    told = planning_for(model, batch=chosen.shapes.batch, context=chosen.shapes.context, **fields)
+    told = planning_for(model, batch=chosen.batch, context=chosen.context, **fields)
     same = told.plan()
     if batch is None:
         same = dataclasses.replace(same, bounds=chosen.bounds)  # which tell the most rows, too
@@ -147,7 +147,7 @@ def test_plan_of_four_rows_on_an_rtx_4090_has_one_speed():
         planning_for(SEVEN, device="rtx-4090", batch=4, context=context).plan() for context in (None, 4096)
     )
     assert open_ == told
-    assert open_.shapes.context == 4096
+    assert open_.context == 4096
 
 
 def test_the_frontier_rises():

@@ -59,7 +59,7 @@ def test_terms_of_the_text_are_those_of_the_plan_and_sizes_end_in_one_column(pla
 
 
 def test_text_says_where_numbers_come_from(plan):
-    assert plan.shapes.drafter is not None
+    assert plan.drafter is not None
     text = as_text(plan, "tiny")
     for part in (
         "titan-rtx",
@@ -121,7 +121,7 @@ def test_frontier_as_csv(plan, tmp_path):
     assert peaks == sorted(peaks)
     assert rates == sorted(rates)
     (chosen,) = (row for row in rows if row["kind"] == "chosen")
-    assert (int(chosen["peak_bytes"]), int(chosen["context"])) == (plan.peak_bytes, plan.shapes.context)
+    assert (int(chosen["peak_bytes"]), int(chosen["context"])) == (plan.peak_bytes, plan.context)
     (least,) = (row for row in rows if row["kind"] == "least_budget")
     assert int(least["peak_bytes"]) == peaks[0]
     assert rows[-1]["kind"] == "measured"

@@ -260,6 +260,6 @@ def test_self_drafts_need_fewer_layers_than_the_target():
     with pytest.raises(ConfigError, match="self:0"):
         LLM(TINY, tiny_llama(), drafter="self:0")
     with LLM(TINY, tiny_llama(), drafter="self:1", tree_nodes=3) as llm:
-        assert llm.plan.shapes.tree_nodes == 3
+        assert llm.plan.tree_nodes == 3
         (output,) = llm.generate([PROMPTS[0]], SamplingParams(temperature=0, max_tokens=30))
         assert output.outputs[0].token_ids == plain_answer(0, FIELDS[0]).token_ids[:30]
