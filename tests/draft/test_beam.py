@@ -15,9 +15,9 @@ from specmemo_jax.llama.model import forward
 from specmemo_jax.llama.packing import pack
 from specmemo_jax.testing import TINY, tiny_llama, whole_logits
 
-CONFIG = dataclasses.replace(TINY, vocab_size=19, max_context=64)
+CONFIG = dataclasses.replace(TINY, vocab_size=19, max_context=128)
 TARGET = pack(CONFIG, iter(tiny_llama(CONFIG, seed=7).items()), jnp.dtype("float32"))
-S = 64
+S = 96
 
 
 @functools.cache
