@@ -9,7 +9,6 @@ cost of verify(T) over verify(1), and XLA's memory figures of the step.
 """
 
 import argparse
-import dataclasses
 import gc
 import importlib.util
 import json
@@ -221,9 +220,16 @@ def engines(target: Target, batch: int, capacity: int, nodes: list[int]) -> Iter
     """An engine a tree size, its cache exactly ``capacity`` slots."""
     for T in nodes:
         drafter = NgramDrafter(num_nodes=T) if T > 1 else None
-        plan = lay_out(Shapes(target.config, dtype=target.dtype.name, platform=target.platform, batch=batch,
-            context=capacity - 64, drafter=drafter))  # fmt: skip
-        yield T, Engine(target, dataclasses.replace(plan, capacities=(capacity,)))
+        shapes = Shapes(
+            target.config,
+            target.dtype.name,
+            target.platform,
+            context=capacity - 64,
+            batch=batch,
+            drafter=drafter,
+            capacities=(capacity,),
+        )
+        yield T, Engine(target, lay_out(shapes))
 
 
 def verify_table(target: Target, options: argparse.Namespace) -> None:

@@ -45,17 +45,16 @@ class Rows:
 
 def init_rows(batch: int, vocab_size: int) -> Rows:
     """Rows that are all empty and done."""
-    B = batch
     return Rows(
-        lengths=jnp.zeros((B,), jnp.int32),
-        pending=jnp.zeros((B,), jnp.int32),
-        done=jnp.ones((B,), bool),
+        lengths=jnp.zeros((batch,), jnp.int32),
+        pending=jnp.zeros((batch,), jnp.int32),
+        done=jnp.ones((batch,), bool),
         settings=Settings(
-            left=jnp.zeros((B,), jnp.int32),
-            stop_ids=jnp.full((B, MAX_STOP_IDS), -1, jnp.int32),
-            sampling=greedy_sampling(B),
+            left=jnp.zeros((batch,), jnp.int32),
+            stop_ids=jnp.full((batch, MAX_STOP_IDS), -1, jnp.int32),
+            sampling=greedy_sampling(batch),
         ),
-        history=empty_history(B, vocab_size),
+        history=empty_history(batch, vocab_size),
     )
 
 

@@ -17,7 +17,7 @@ FRACTION = "XLA_CLIENT_MEM_FRACTION"
 OLDER_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 # Beside the fraction, what this package set it to: another value is the user's.
 _OURS = "SPECMEMO_MEM_FRACTION"
-MIB, GIB = 2**20, 2**30
+MIB = 2**20
 # The pool beyond the plan: the allocator rounds each buffer up and cannot move one, and the driver's total
 # differs a little from its tool's.
 _SLACK_SHARE, _SLACK_LEAST = 1 / 64, 32 * MIB

@@ -22,6 +22,7 @@ from specmemo_jax.engine.scoring import Scorer
 from specmemo_jax.errors import CapacityError
 from specmemo_jax.llama.packing import Target
 from specmemo_jax.memory.plan import MemoryPlan
+from specmemo_jax.memory.shapes import Shapes
 
 # Steps of a program that are not timed: in them a GPU records its kernels as a graph, and XLA's CPU libraries
 # prepare themselves (the first step of a tree of 4, batch 4, took 7 times the next).
@@ -54,7 +55,7 @@ class Engine:
         self._set_up(plan, compiled)
 
     def _set_up(self, plan: MemoryPlan, compiled: ProgramCache | None = None) -> None:
-        self.plan, self.shapes = plan, plan.shapes
+        self.plan = plan
         self.runner = Runner(self.target, self.draft_weights, self.shapes, compiled)
         self.placement, self.scorer = Placement(self.shapes), Scorer(self.runner)
         adapts = self.adaptive and len(self.shapes.tree_sizes) > 1
@@ -71,6 +72,11 @@ class Engine:
         if plan.drafter is None:
             self.draft_weights = ()
         self._set_up(plan)
+
+    @property
+    def shapes(self) -> Shapes:
+        """The plan's."""
+        return self.plan.shapes
 
     @property
     def drafter(self) -> Drafter | None:

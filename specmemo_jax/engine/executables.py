@@ -34,7 +34,6 @@ from specmemo_jax.llama.packing import Target
 from specmemo_jax.memory.shapes import Shapes
 
 MOST_BYTES = 2**30  # of all executables; the ones that were used longest ago go first
-REPORTED = ("device", "workload", "expected", "bounds", "proof")  # of a plan, what no program depends on
 RECENT = "recent.json"  # what the last process used, in its order
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 # Settings that change what is compiled; others do not.

@@ -182,8 +182,9 @@ def _calibration(
 def _engine(target: Target, drafter: Drafter, batch: int, capacity: int) -> Engine:
     """An engine whose prompts lie in a cache of ``capacity`` slots."""
     context = min(capacity, target.config.max_context)
-    shapes = Shapes(target.config, target.dtype.name, target.platform, context, batch, drafter)
-    return Engine(target, lay_out(dataclasses.replace(shapes, capacities=(capacity,))))
+    config, dtype = target.config, target.dtype.name
+    shapes = Shapes(config, dtype, target.platform, context, batch, drafter, capacities=(capacity,))
+    return Engine(target, lay_out(shapes))
 
 
 def part_filled(engine: Engine, capacity: int) -> EngineState:
