@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from specmemo_jax.checkpoints import Checkpoint, open_checkpoint, resolve
 from specmemo_jax.devices.compiled import compiled_memory
@@ -156,39 +155,12 @@ def torch_run(
 
 def _torch_worker(pipe: Any, path: Path, dtype: str, prompts: list[list[int]], new_tokens: int) -> None:
     """Answer once for each message; prefill is timed apart and taken off."""
-    import torch  # pyright: ignore[reportMissingImports]
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from _torch_model import timed_answers, torch_model
 
-    checkpoint = open_checkpoint(path)
-    config = checkpoint.config
-    model: Any = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.ffn_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            max_position_embeddings=config.max_context,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tied_embeddings,
-        )
-    )
-    state = {
-        name if name == "lm_head.weight" else f"model.{name}": torch.from_numpy(array.astype(np.float32))
-        for name, array in checkpoint.tensors()
-    }
-    model.load_state_dict(state, strict=False)
-    model.tie_weights()
-    model = model.to(getattr(torch, dtype)).eval()
+    model = torch_model(path, dtype)
 
     def generate(prompt: list[int], tokens: int) -> float:
-        ids, length = torch.tensor([prompt]), {"max_new_tokens": tokens, "min_new_tokens": tokens}
-        start = time.perf_counter()
-        with torch.no_grad():
-            model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **length)
-        return time.perf_counter() - start
+        return timed_answers(model, [prompt], tokens)
 
     while pipe.recv():
         seconds = sum(generate(prompt, new_tokens) - generate(prompt, 1) for prompt in prompts)

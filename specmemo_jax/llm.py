@@ -134,7 +134,9 @@ class LLM:
         self._own_draft = is_model_name(drafter)
         if is_model_name(drafter):
             shape = default_shape(tree_nodes, task.platform)
-            allowed: Drafter | str | None = open_draft_model(drafter, opened, shape, jnp.dtype(chosen))
+            allowed: Drafter | str | None = open_draft_model(
+                drafter, opened, shape, jnp.dtype(chosen), task.platform
+            )
         else:
             allowed = drafter_named(drafter, tree_nodes, self.config, task)
         self.plan: MemoryPlan = search(

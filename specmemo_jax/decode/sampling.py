@@ -7,6 +7,7 @@ arXiv 1411.0030); among filtered tokens it is a draw from the filtered softmax.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,7 @@ def remember(history: History, tokens: Int[Array, " B"], live: Bool[Array, " B"]
     return History(seen, jnp.where(live[:, None], shifted, history.recent))
 
 
+@jax.named_scope("choose")
 def choose(
     logits: Float[Array, "B V"],
     sampling: Sampling,
@@ -97,12 +99,28 @@ def choose(
 ) -> Int[Array, " B"]:
     """The token at ``positions`` of each row, drawn from the target's own distribution there."""
     logits = _banned(_penalised(logits, sampling, history), sampling, history, stop_ids, positions)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = likeliest(logits)
     return jax.lax.cond(
         jnp.any(sampling.temperature > 0),
         lambda: jnp.where(sampling.temperature > 0, _sampled(logits, sampling, positions), greedy),
         lambda: greedy,
     )
+
+
+def likeliest(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
+    """The index of the largest logit, the first of equal ones (`jnp.argmax`).
+
+    In two steps, the block and the place in it: XLA's CPU backend finds a maximum ten times as fast as its
+    index.
+    """
+    V = logits.shape[-1]
+    block = math.gcd(V, 512)
+    if block < 32:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    blocks = logits.reshape(*logits.shape[:-1], V // block, block)
+    best = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+    own = jnp.take_along_axis(blocks, best[..., None, None], axis=-2)[..., 0, :]
+    return (best * block + jnp.argmax(own, axis=-1)).astype(jnp.int32)
 
 
 def _penalised(logits: Float[Array, "B V"], sampling: Sampling, history: History) -> Float[Array, "B V"]:
@@ -151,13 +169,13 @@ def _sampled(
 
     def draw(above: Float[Array, " B"]) -> tuple[Int[Array, " B"], Float[Array, " B"], Bool[Array, " B"]]:
         left = jnp.where(logits > above[:, None], perturbed, BANNED)
-        token = jnp.argmax(left, axis=1)
+        token = likeliest(left)
         logit = jnp.take_along_axis(logits, token[:, None], axis=1)
         likelier = jnp.sum(jnp.where(logits > logit, mass, 0.0), axis=1)
         # Neither the likeliest nor nothing is refused, so this ends, with logits that are no numbers, too.
         some = (logit[:, 0] < top[:, 0]) & (jnp.max(left, axis=1) > BANNED)
         refused = (sampling.top_p < 1) & (likelier >= allowed) & some
-        return token.astype(jnp.int32), logit[:, 0], refused
+        return token, logit[:, 0], refused
 
     def again(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         token, above, refused = carry

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from specmemo_jax.decode.accept import Accepted, accept_greedy, accept_sampled
 from specmemo_jax.decode.emitted import Emitted, append
 from specmemo_jax.decode.rows import Rows, Settings, advance
-from specmemo_jax.decode.sampling import History, choose, remember
+from specmemo_jax.decode.sampling import History, choose, likeliest, remember
 from specmemo_jax.decode.unbounded import choices_by_path, last_of_all_logits
 from specmemo_jax.draft.protocol import Drafter, State, TreeLimits, View
 from specmemo_jax.draft.tree import Tree, ancestor_mask, root_only
@@ -104,7 +104,7 @@ def prefill_chunk(
         first = choose(scores, settings_row.sampling, mine, settings_row.stop_ids, starts + count)[0]
         history = remember(history, jnp.full((B,), first), jnp.arange(B) == row)
     else:
-        first = jnp.argmax(scores[0]).astype(jnp.int32)
+        first = likeliest(scores)[0]
     written = kv.write(cache, new, kv.ordered_after(starts, first), own, target.platform)
     caches = kv.replace(state.caches, group, written)
     settings = dataclasses.replace(settings, left=settings.left - 1)
@@ -297,7 +297,9 @@ def _verifier(
 
 
 def _likeliest(model: Llama, hidden: Float[Array, "B T H"]) -> Int[Array, "B T"]:
-    return jnp.argmax(logits(model, hidden), axis=-1).astype(jnp.int32)
+    scores = logits(model, hidden)
+    with jax.named_scope("choose"):
+        return likeliest(scores)
 
 
 def _logits_at(

@@ -45,6 +45,7 @@ class DraftModel(BeamDrafter):
         vocab_size: the target's; ids from there on are never proposed.
         name: what tables and messages call it.
         room: levels its state has room for, where that is more than the shape's (`limited`).
+        platform: what it runs on, as JAX spells it.
 
     Its cache holds committed tokens only. A step costs ``depth`` passes: the first reads what the
     last step committed together with the pending token, so that nothing is read twice and a
@@ -58,12 +59,14 @@ class DraftModel(BeamDrafter):
     vocab_size: int
     name: str = "draft model"
     room: int | None = None
+    platform: str = "cpu"
 
     @classmethod
     def of(cls, draft: Target, shape: TreeShape, vocab_size: int | None = None) -> "DraftModel":
         """A drafter of weights that are packed already."""
         vocab_size = vocab_size or draft.config.vocab_size
-        return cls(draft.config, lambda: draft, shape, draft.dtype.name, vocab_size)
+        dtype, platform = draft.dtype.name, draft.platform
+        return cls(draft.config, lambda: draft, shape, dtype, vocab_size, platform=platform)
 
     def weights(self, target: Target) -> Any:
         """The packed weights, loaded now."""
@@ -98,10 +101,11 @@ class DraftModel(BeamDrafter):
 
     def init(self, groups: Groups) -> State:
         """An empty cache with room for the last prompt chunk with what was unread before it."""
-        config, B = self.config, groups.rows
+        config, dtype, B = self.config, jnp.dtype(self.dtype), groups.rows
         heads, D = config.num_kv_heads, config.head_dim
+        slots_last = kv.keys_slots_last(dtype, self.platform)
         return DraftState(
-            caches=kv.init_caches(config.num_layers, self._own(groups), heads, D, jnp.dtype(self.dtype)),
+            caches=kv.init_caches(config.num_layers, self._own(groups), heads, D, dtype, slots_last),
             known=jnp.zeros((B,), jnp.int32),
             unread=jnp.zeros((B, self.levels), jnp.int32),
         )

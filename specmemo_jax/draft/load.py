@@ -20,10 +20,11 @@ def open_draft_model(
     target: OpenModel,
     shape: TreeShape,
     dtype: jnp.dtype,
+    platform: str,
     device: Device | None = None,
     params: Mapping[str, Any] | None = None,
 ) -> DraftModel:
-    """A draft model for ``target``; its weights are read when the engine asks for them.
+    """A draft model for ``target`` on ``platform``; its weights are read when the engine asks for them.
 
     Raises ConfigError for another vocabulary, with the first difference.
     """
@@ -41,6 +42,7 @@ def open_draft_model(
         dtype=jnp.dtype(dtype).name,
         vocab_size=target.config.vocab_size,
         name=f"draft model {draft.name}",
+        platform=platform,
     )
 
 

@@ -59,8 +59,9 @@ class Programs:
         """
         config, groups = self.target.config, self.shapes.groups_at(capacity)
         heads, D = config.num_kv_heads, config.head_dim
+        slots_last = kv.keys_slots_last(self._kv_dtype, self.target.platform)
         return EngineState(
-            caches=kv.init_caches(config.num_layers, groups, heads, D, self._kv_dtype),
+            caches=kv.init_caches(config.num_layers, groups, heads, D, self._kv_dtype, slots_last),
             rows=init_rows(groups.rows, config.vocab_size),
             draft=() if self.drafter is None else self.drafter.init(groups),
             emitted=init_emitted(groups.rows, self.shapes.trees.max_depth),

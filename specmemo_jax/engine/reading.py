@@ -71,18 +71,15 @@ def chunks_within(runner: Runner, row: int, begin: int, end: int) -> list[tuple[
 
 
 def chunk_starts(shapes: Shapes, length: int) -> list[tuple[int, int]]:
-    """``(offset, width)`` of the chunks that cover so many tokens: large ones first, the rest in small ones.
-
-    Three or more small chunks are worth one large one.
+    """``(offset, width)`` of the chunks that cover so many tokens: the widest while more is left, then the
+    narrowest that holds the rest.
     """
     if shapes.whole_prompts:
         return [(0, -(-length // WHOLE_PROMPT) * WHOLE_PROMPT)] if length else []
-    large, small = shapes.chunks[0], shapes.chunks[-1]
-    found, start = [], 0
-    while start < length:
-        width = large if length - start > 3 * small or large == small else small
-        found.append((start, width))
-        start += width
+    widest, rest = shapes.chunks[0], length % shapes.chunks[0]
+    found = [(start, widest) for start in range(0, length - rest, widest)]
+    if rest:
+        found.append((length - rest, min(width for width in shapes.chunks if width >= rest)))
     return found
 
 

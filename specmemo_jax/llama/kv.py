@@ -5,10 +5,13 @@ Rows of a group have the same number of slots S, so that short ones need not be 
 with its donated input (a scan over a stacked cache doubles it). In int8, which is lossy, each of keys and
 values is a `Quantized`: whole numbers, and a scale for every slot of every head (as KIVI's values, arXiv
 2402.02750, section 3, with one group a head).
+
+Keys may lie with the slots last (`SlotsLast`), where `keys_slots_last` says that this is faster.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,12 +19,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 Leaf = Any  # an array, or what JAX puts in its place when a state is described and not allocated
-KVCache = tuple[tuple[Leaf, Leaf], ...]  # of arrays, or of `Quantized`
+KVCache = tuple[tuple[Leaf, Leaf], ...]  # of arrays, `SlotsLast` (keys only) or `Quantized`
 Caches = tuple[KVCache, ...]  # a group's each, in the order of their rows
 NewKV = tuple[tuple[Leaf, Leaf], ...]
 RowAt = tuple[int, Int[Array, ""]]  # a row among all, and before it the group that it is of
-# Logical axes of each buffer, as parameters carry theirs in their metadata.
-KV_AXES = ("batch", "kv_heads", "context", "head_dim")
+# Logical axes that lead each buffer, as parameters carry theirs in their metadata.
+KV_AXES = ("batch", "kv_heads")
 SLOTS = 64  # a row's cache slots are multiples of it
 _MOST = 127  # of int8, so that a range is symmetric
 
@@ -82,6 +85,22 @@ class Quantized:
     scales: Leaf
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotsLast:
+    """Keys ``[B, K, D, S]``."""
+
+    keys: Leaf
+
+
+def keys_slots_last(dtype: jnp.dtype, platform: str) -> bool:
+    """Whether a cache of ``dtype`` has its keys as `SlotsLast`: in float32 on CPU, where XLA's kernels turn
+    them at every read otherwise, which takes longer than multiplying them. In 16 bits they do not, and
+    writing a slot takes ten times as long.
+    """
+    return platform == "cpu" and dtype == jnp.float32
+
+
 def quantize(x: Array) -> Quantized:
     """``x`` ``[..., D]`` to the nearest of 255 steps a vector; its largest number is kept."""
     x = x.astype(jnp.float32)
@@ -90,31 +109,94 @@ def quantize(x: Array) -> Quantized:
     return Quantized(values.astype(jnp.int8), scales)
 
 
-def dequantize(x: Leaf) -> Array:
-    """The numbers that a `Quantized` stands for, float32; an array as it is."""
-    whole = isinstance(x, Quantized)
-    return x.values.astype(jnp.float32) * x.scales if whole else jnp.asarray(x)
+def plain(x: Leaf) -> Array:
+    """Keys or values as numbers ``[B, K, S, D]``, however the cache has them; of `Quantized` in float32."""
+    if isinstance(x, SlotsLast):
+        return x.keys.swapaxes(2, 3)
+    return x.values.astype(jnp.float32) * x.scales if isinstance(x, Quantized) else jnp.asarray(x)
 
 
-def init_cache(num_layers: int, shape: tuple[int, int, int, int], dtype: jnp.dtype) -> KVCache:
-    """Zeroed cache buffers of ``shape`` ``(B, K, S, D)``; zeros, so that unread slots stay finite."""
+def numbers(side: Leaf) -> tuple[Array, Array | None]:
+    """Keys or values of a cache as they lie, and the scales ``[B, K, S]`` of a `Quantized`."""
+    if isinstance(side, Quantized):
+        return side.values, side.scales[..., 0]
+    return side.keys if isinstance(side, SlotsLast) else side, None
+
+
+def num_slots(values: Leaf) -> int:
+    """S of a layer's values."""
+    return jax.tree.leaves(values)[0].shape[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowTiles:
+    """One row of a layer, ``size`` slots at a time: ``read(first slot)`` gives keys and values."""
+
+    read: Callable[[Int[Array, ""]], tuple[Leaf, Leaf]]
+    size: int
+
+
+def row_tiles(pair: tuple[Leaf, Leaf], row: Int[Array, ""], size: int, after: Array) -> RowTiles:
+    """``row`` of a layer's keys and values, to be read inside a loop in tiles of about ``size``.
+
+    XLA's CPU backend would take 16-bit numbers into a loop as float32, all rows of them. So the row goes
+    there as a copy of integers, which is made when ``after`` is there.
+    """
+    half = not any(map(_is_side, pair)) and pair[1].dtype.itemsize == 2
+    axes, dtype = tuple(map(_slot_axis, pair)), pair[1].dtype if half else None
+    if half:
+        own = ordered_after(row, after)[None]
+        copies = (jax.lax.bitcast_convert_type(side[own], jnp.uint16) for side in pair)
+        pair, row = tuple(ordered_after(copy, after) for copy in copies), jnp.int32(0)
+    size = math.gcd(num_slots(pair[1]), size)
+
+    def read(start: Array) -> tuple[Leaf, Leaf]:
+        def cut(buffer: Array, axis: int) -> Array:
+            place = (row, *(start if own == axis else 0 for own in (1, 2, 3)))
+            sizes = (1, *(size if own == axis else buffer.shape[own] for own in (1, 2, 3)))
+            tile = jax.lax.dynamic_slice(buffer, place, sizes)
+            return jax.lax.bitcast_convert_type(tile, dtype) if half else tile
+
+        keys, values = (
+            jax.tree.map(lambda buffer: cut(buffer, axis), side)  # noqa: B023
+            for side, axis in zip(pair, axes, strict=True)
+        )
+        return keys, values
+
+    return RowTiles(read, size)
+
+
+def init_cache(
+    num_layers: int, shape: tuple[int, int, int, int], dtype: jnp.dtype, slots_last: bool = False
+) -> KVCache:
+    """Zeroed cache buffers of ``shape`` ``(B, K, S, D)``; zeros, so that unread slots stay finite.
+    ``slots_last``: the keys as `SlotsLast`.
+    """
+    B, K, S, D = shape
 
     def empty() -> Leaf:
         if dtype != jnp.int8:
             return jnp.zeros(shape, dtype)
         return Quantized(jnp.zeros(shape, dtype), jnp.zeros((*shape[:3], 1), jnp.float32))
 
-    return tuple((empty(), empty()) for _ in range(num_layers))
+    def empty_keys() -> Leaf:
+        return SlotsLast(jnp.zeros((B, K, D, S), dtype)) if slots_last else empty()
+
+    return tuple((empty_keys(), empty()) for _ in range(num_layers))
 
 
-def init_caches(num_layers: int, groups: Groups, heads: int, head_dim: int, dtype: jnp.dtype) -> Caches:
+def init_caches(
+    num_layers: int, groups: Groups, heads: int, head_dim: int, dtype: jnp.dtype, slots_last: bool = False
+) -> Caches:
     """Each group's `init_cache`, of ``heads`` K."""
-    return tuple(init_cache(num_layers, (rows, heads, slots, head_dim), dtype) for rows, slots in groups)
+    return tuple(
+        init_cache(num_layers, (rows, heads, slots, head_dim), dtype, slots_last) for rows, slots in groups
+    )
 
 
 def capacity_of(caches: Caches) -> int:
     """S of the widest group."""
-    return max(jax.tree.leaves(cache)[0].shape[2] for cache in caches)
+    return max(num_slots(values) for ((_, values), *_) in caches)
 
 
 def spans(caches: Caches | KVCache) -> Iterator[slice]:
@@ -147,6 +229,7 @@ def ordered_after(value: Array, result: Array) -> Array:
     return jnp.where((result < 0).astype(jnp.int32) >= 0, value, jnp.zeros((), value.dtype))
 
 
+@jax.named_scope("commit")
 def write(
     cache: KVCache, new: NewKV, starts: Int[Array, " R"], rows: Int[Array, " R"], platform: str
 ) -> KVCache:
@@ -157,8 +240,15 @@ def write(
     For XLA to do it without copying the cache, ``starts`` must come after every read of the old cache in the
     same program (`ordered_after`).
     """
-    put = _put_on_cpu if platform == "cpu" else _put
-    return jax.tree.map(lambda old, add: put(old, add.astype(old.dtype), starts, rows), cache, new)
+
+    def as_cached(old: Leaf, add: Leaf) -> Leaf:
+        return SlotsLast(add.swapaxes(2, 3)) if isinstance(old, SlotsLast) else add
+
+    stored = tuple(
+        tuple(as_cached(*side) for side in zip(old, add, strict=True))
+        for old, add in zip(cache, new, strict=True)
+    )
+    return _put(cache, stored, starts, rows, platform)
 
 
 def write_every(caches: Caches, new: NewKV, starts: Int[Array, " B"], platform: str) -> Caches:
@@ -186,31 +276,62 @@ def move_row(caches: Caches, source: RowAt, target: RowAt, platform: str) -> Cac
     (narrow, row), (wide, to) = source, target
     own, place = row - first_row(caches, narrow), to - first_row(caches, wide)
     mine = jax.tree.map(lambda buffer: jax.lax.dynamic_slice_in_dim(buffer, own, 1), caches[narrow])
-    moved = write(caches[wide], mine, jnp.zeros((1,), jnp.int32), place[None], platform)
+    moved = _put(caches[wide], mine, jnp.zeros((1,), jnp.int32), place[None], platform)
     return replace(caches, wide, moved)
 
 
-def _put(buffer: Array, values: Array, starts: Int[Array, " R"], rows: Int[Array, " R"]) -> Array:
-    slots = starts[:, None] + jnp.arange(values.shape[2])[None, :]
-    moved = values.transpose(0, 2, 1, 3)
-    return buffer.at[rows[:, None], :, slots].set(moved, mode="promise_in_bounds", unique_indices=True)
+def _put(
+    cache: KVCache, stored: KVCache, starts: Int[Array, " R"], rows: Int[Array, " R"], platform: str
+) -> KVCache:
+    """`write` of R rows that lie as the cache does."""
+    if platform == "cpu":
+        return _put_on_cpu(cache, stored, starts, rows)
+
+    def put(buffer: Array, values: Array, axis: int) -> Array:
+        slots = starts[:, None] + jnp.arange(values.shape[axis])[None, :]
+        place = (rows[:, None], *(slots if own == axis else slice(None) for own in (1, 2, 3)))
+        values = jnp.moveaxis(values.astype(buffer.dtype), axis, 1)
+        return buffer.at[place].set(values, mode="promise_in_bounds", unique_indices=True)
+
+    return _map_sides(put, cache, stored)
 
 
-def _put_on_cpu(buffer: Array, values: Array, starts: Int[Array, " R"], rows: Int[Array, " R"]) -> Array:
+def _put_on_cpu(cache: KVCache, stored: KVCache, starts: Int[Array, " R"], rows: Int[Array, " R"]) -> KVCache:
     # XLA's CPU backend has no 16-bit float stores and would convert the whole buffer to
     # float32 and back at each write, so those travel as integers; the loop and the
     # ``where`` (always true) keep it from computing the write for every slot of the buffer.
-    dtype, half = buffer.dtype, buffer.dtype.itemsize == 2
-    as_int = (lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16)) if half else (lambda x: x)
-    values = as_int(values)
+    def put_row(i: Array, cache: KVCache) -> KVCache:
+        def put(buffer: Array, values: Array, axis: int) -> Array:
+            dtype, half = buffer.dtype, buffer.dtype.itemsize == 2
+            as_int = (lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16)) if half else (lambda x: x)
+            values = as_int(values.astype(dtype))
+            update = jax.lax.dynamic_slice_in_dim(values, i, 1)
+            update = jnp.where(starts[i] >= 0, update, jnp.zeros((), values.dtype))
+            place = (rows[i], *(starts[i] if own == axis else 0 for own in (1, 2, 3)))
+            whole = jax.lax.dynamic_update_slice(as_int(buffer), update, place)
+            return jax.lax.bitcast_convert_type(whole, dtype) if half else whole
 
-    def put_row(i: Array, buffer: Array) -> Array:
-        update = jax.lax.dynamic_slice_in_dim(values, i, 1)
-        update = jnp.where(starts[i] >= 0, update, jnp.zeros((), values.dtype))
-        whole = jax.lax.dynamic_update_slice(as_int(buffer), update, (rows[i], 0, starts[i], 0))
-        return jax.lax.bitcast_convert_type(whole, dtype) if half else whole
+        return _map_sides(put, cache, stored)
 
-    return jax.lax.fori_loop(0, values.shape[0], put_row, buffer)
+    return jax.lax.fori_loop(0, starts.shape[0], put_row, cache)
+
+
+def _map_sides(put: Callable[[Array, Array, int], Array], cache: KVCache, stored: KVCache) -> KVCache:
+    """``put(buffer, values, axis of its slots)`` for every buffer."""
+
+    def put_side(side: Leaf, values: Leaf) -> Leaf:
+        return jax.tree.map(lambda x, y: put(x, y, _slot_axis(side)), side, values)
+
+    return jax.tree.map(put_side, cache, stored, is_leaf=_is_side)
+
+
+def _is_side(x: Any) -> bool:
+    """Whether it is a layer's keys or its values."""
+    return isinstance(x, SlotsLast | Quantized)
+
+
+def _slot_axis(side: Leaf) -> int:
+    return 3 if isinstance(side, SlotsLast) else 2
 
 
 def grow(caches: Caches, groups: Groups) -> Caches:
@@ -219,12 +340,17 @@ def grow(caches: Caches, groups: Groups) -> Caches:
 
 
 def _grow(cache: KVCache, capacity: int) -> KVCache:
-    if capacity == capacity_of((cache,)):
+    more = capacity - capacity_of((cache,))
+    if not more:
         return cache
-    more = ((0, 0), (0, 0), (0, capacity - capacity_of((cache,))), (0, 0))
+
+    def widen(side: Leaf) -> Leaf:
+        widths = [(0, more if axis == _slot_axis(side) else 0) for axis in range(4)]
+        return jax.tree.map(lambda buffer: jnp.pad(buffer, widths), side)
+
     grown = []
     for pair in cache:
-        wider = jax.tree.map(lambda buffer: jnp.pad(buffer, more), pair)
+        wider = jax.tree.map(widen, pair, is_leaf=_is_side)
         jax.block_until_ready(wider)
         for buffer in jax.tree.leaves(pair):
             buffer.delete()

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from specmemo_jax.llama.tiles import tiled_rows
 
 
+@jax.named_scope("norms")
 def rms_norm(x: Float[Array, "*rows H"], weight: Float[Array, " H"], eps: float) -> Float[Array, "*rows H"]:
     """Root-mean-square norm (arXiv 1910.07467) in float32, whatever the weight's dtype."""
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
@@ -64,7 +65,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         """`matmul` with the weight, plus the bias."""
-        y = matmul(x, self.weight[...], self.platform)
+        with jax.named_scope("products"):
+            y = matmul(x, self.weight[...], self.platform)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)[None, None]
 
 

@@ -11,6 +11,7 @@ devices splits heads, ffn columns and vocabulary, and leaves hidden states whole
 import dataclasses
 import math
 
+from specmemo_jax.llama.attention import TILE, in_tiles
 from specmemo_jax.llama.buffers import Buffer
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.tiles import tiled_rows
@@ -82,6 +83,11 @@ class ForwardShape:
     def parted(self) -> bool:
         """Whether attention runs in a loop over parts of the nodes."""
         return self.score_nodes is not None and self.score_nodes < self.nodes
+
+    @property
+    def tiled(self) -> bool:
+        """Whether attention reads the cache in tiles."""
+        return in_tiles(self.rows, self.nodes, self.backend)
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -157,7 +163,7 @@ def _query_rows(p: ForwardShape, rows: int) -> int:
 
 def attention(p: ForwardShape) -> tuple[LiveSet, ...]:
     """Live sets of one layer's attention, the layer's own new keys and values counted by `kept`."""
-    c, R, S = p.config, p.all_nodes, p.slots
+    c, R, S = p.config, p.all_nodes, min(p.slots, TILE) if p.tiled else p.slots
     N, K = p.heads
     D = c.head_dim
     chunk = p.nodes if p.score_nodes is None else min(p.nodes, p.score_nodes)
@@ -170,7 +176,12 @@ def attention(p: ForwardShape) -> tuple[LiveSet, ...]:
         FULL if p.on_cpu else p.itemsize
     )  # a row's values, which XLA's CPU backend converts while it copies
     copies: LiveSet = ()
-    if p.gathered and p.quantized:
+    if p.tiled:
+        copies = tuple(array(f"tile's {what}", (K, S, D), FULL) for what in ("keys", "values"))
+        if p.itemsize < FULL and not p.quantized:  # a row goes through the loop as integers
+            copies += (array("row's keys and values", (2, K, p.slots, D), p.itemsize),)
+        copies += (array("attended so far", (2, queried, D + 2), FULL),)
+    elif p.gathered and p.quantized:
         copies = tuple(
             array(f"row's {what}, scales", (K, S, D + FULL), 1, "int8") for what in ("keys", "values")
         )

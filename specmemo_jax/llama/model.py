@@ -17,7 +17,7 @@ from jax.lax import optimization_barrier
 from jaxtyping import Array, Bool, Float, Int
 
 from specmemo_jax.llama import kv
-from specmemo_jax.llama.attention import tree_attention
+from specmemo_jax.llama.attention import TILE, in_tiles, tree_attention
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.kv import Caches, Leaf, NewKV
 from specmemo_jax.llama.layers import Linear, RMSNorm, matmul
@@ -164,25 +164,28 @@ def run_block(
     A function of its own under `jax.jit`, so that the layers of a program, and of programs of equal shapes,
     share one trace and one lowering; the compiler inlines it.
     """
-    B, layer, dtype = x.shape[0], sight.cache, block.dtype
+    (B, T, _), layer, dtype = x.shape, sight.cache, block.dtype
     precision = None if block.platform == "cpu" else jax.lax.Precision.HIGHEST
     groups = (slice(0, B),) if sight.rows is not None else tuple(kv.spans(layer))
-    if sight.rows is not None:
+    if in_tiles(B, T, block.platform):
+        row = jnp.int32(0) if sight.rows is None else sight.rows[0]
+        layer = tuple(kv.row_tiles(pair, row, TILE, x) for pair in layer)
+    elif sight.rows is not None:
         # Else XLA's CPU backend copies every layer's rows before the first layer.
         layer = kv.select_rows(layer, kv.ordered_after(sight.rows, x))
     q, k, v = block.self_attn.project(block.input_layernorm(x), rotary)
     # What waits for the commit waits in the cache's dtype.
     # In int8 its nodes see each other as they will be seen in the cache, whatever the tree.
-    as_cached = kv.quantize if isinstance(layer[0][0], kv.Quantized) else lambda x: x.astype(dtype)
+    as_cached = kv.quantize if isinstance(sight.cache[0][0], kv.Quantized) else lambda x: x.astype(dtype)
     new = tuple(as_cached(heads.transpose(0, 2, 1, 3)) for heads in (k, v))
     new = optimization_barrier(new)  # else XLA keeps the projection's float32 and converts at the end
     near = new
     if sight.earlier is not None:
         near = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), sight.earlier, new)
-    k, v = map(kv.dequantize, near)
+    k, v = map(kv.plain, near)
 
-    def attend(of: slice, held: tuple[Leaf, Leaf], q: Array, ancestors: Array) -> Array:
-        return tree_attention(q, k[of], v[of], *held, ancestors, sight.lengths[of], dtype, precision)
+    def attend(of: slice, held: tuple[Leaf, Leaf] | kv.RowTiles, q: Array, ancestors: Array) -> Array:
+        return tree_attention(q, k[of], v[of], held, ancestors, sight.lengths[of], dtype, precision)
 
     parts = [
         by_parts(partial(attend, of, held), score_nodes, q[of], sight.ancestors[of])
@@ -234,6 +237,7 @@ def by_parts(function: Callable[..., Array], nodes: int | None, *inputs: Array) 
     return jnp.moveaxis(out, 0, 1).reshape(B, parts * nodes, *out.shape[3:])[:, :T]
 
 
+@jax.named_scope("logits")
 def logits(model: Llama, hidden: Float[Array, "B T H"]) -> Float[Array, "B T V"]:
     """Float32 logits of the given rows (a separate step: only the rows that someone needs)."""
     head = model.embed_tokens if model.lm_head is None else model.lm_head

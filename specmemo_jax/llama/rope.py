@@ -32,6 +32,7 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
     return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
 
 
+@jax.named_scope("rope")
 def rope_tables(
     config: LlamaConfig, positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
@@ -43,6 +44,7 @@ def rope_tables(
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
+@jax.named_scope("rope")
 def rotate(
     x: Float[Array, "B T N D"], cos: Float[Array, "B T D"], sin: Float[Array, "B T D"]
 ) -> Float[Array, "B T N D"]:

@@ -58,7 +58,7 @@ def open_setup(
     chosen = jnp.dtype(default_dtype(device) if dtype == "auto" else dtype)
     if is_model_name(drafter):
         shape = default_shape(tree_nodes, device.platform)
-        found: Drafter | None = open_draft_model(drafter, opened, shape, chosen)
+        found: Drafter | None = open_draft_model(drafter, opened, shape, chosen, device.platform)
     else:
         found = make_drafter(drafter, tree_nodes, platform=device.platform, dtype=chosen.name)
     return Setup(opened, pack(opened.config, opened.tensors(), chosen, device), found)

@@ -268,6 +268,21 @@ def _draft_case(target: Target, drafter: Drafter, capacity: int, repeats: int) -
     return run
 
 
+def memory_speed(size: int = 2**28, rounds: int = 5) -> float:
+    """Bytes a second at which the device reads an array of ``size`` bytes."""
+    return size / _median(_bandwidth_case(size), rounds)
+
+
+def product_rate(dtype: jnp.dtype, size: int = 2048, rounds: int = 5) -> float:
+    """FLOPs a second of a square product with ``size`` rows in ``dtype``."""
+    return 2 * size**3 / _median(_rate_case(dtype, size), rounds)
+
+
+def _median(run: Callable[[], float], rounds: int) -> float:
+    run()
+    return statistics.median(run() for _ in range(rounds))
+
+
 def _bandwidth_case(size: int) -> Callable[[], float]:
     """Seconds of reading ``size`` bytes, by a matrix-vector product."""
     columns = 1024

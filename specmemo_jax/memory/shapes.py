@@ -8,7 +8,7 @@ from specmemo_jax.errors import CapacityError, ConfigError
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.kv import SLOTS, Groups
 
-PREFILL_CHUNKS = (128, 32)
+PREFILL_CHUNKS = (128, 64, 32)
 FIRST_CAPACITY = 256
 POLICIES = ("plan", "unbounded", "unbounded-last-row")
 

@@ -207,6 +207,7 @@ def drafter_named(
             dtype=request.dtype,
             vocab_size=config.vocab_size,
             name=f"draft model {drafter}",
+            platform=request.platform,
         )
     assert not isinstance(drafter, Path)
     made = make_drafter(drafter, tree_nodes, platform=request.platform, dtype=request.dtype)

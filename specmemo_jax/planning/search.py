@@ -27,7 +27,7 @@ from specmemo_jax.planning.speed import SpeedModel, tokens_per_second
 BATCH_CHOICES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)  # to choose a batch among
 MIN_BATCH_GAIN = 1.02  # of the throughput, by a larger batch that is to be chosen
 KEPT_THROUGHPUT = 0.96  # of the best, at the lower bound
-CHUNKS = ((256, 64), (128, 32), (64, 32), (32,))
+CHUNKS = ((256, 64), (128, 64, 32), (64, 32), (32,))
 SCORE_NODES = (None, 32)
 LOGIT_NODES = (None, 8)
 PLAIN = ExpectedAcceptance(1.0, ((1, 1.0),), "plain decoding")

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from specmemo_jax.decode.sampling import (
     choose,
     empty_history,
     greedy_sampling,
+    likeliest,
     remember,
 )
 
@@ -140,3 +142,15 @@ def test_history_counts_what_live_rows_emit():
     assert history.recent[0].tolist() == [4, 7]
     assert int(history.seen[1].sum()) == 0
     assert history.recent[1].tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("vocab_size", [97, 256, 1000, 1536])
+@pytest.mark.parametrize("rows", [(), (3,), (2, 4)])
+def test_likeliest_is_the_first_of_the_largest(vocab_size, rows):
+    rng = np.random.default_rng(vocab_size)
+    equal = rng.integers(-3, 4, (*rows, vocab_size)).astype(np.float32)  # many share the largest
+    banned = np.where(rng.random(equal.shape) < 0.99, -np.inf, equal).astype(np.float32)
+    for logits in (equal, banned, np.full_like(equal, -np.inf), -equal * 1e30):
+        np.testing.assert_array_equal(likeliest(jnp.asarray(logits)), logits.argmax(-1))
+    equal[..., vocab_size // 2] = np.nan  # which one is not promised, but that it is one
+    assert (np.asarray(likeliest(jnp.asarray(equal))) < vocab_size).all()

@@ -247,11 +247,13 @@ def test_groups_that_cannot_be(groups):
         lay_out(Shapes(TINY, dtype="float32", platform="cpu", batch=3, context=200, groups=groups))
 
 
-def test_a_moved_row_is_written_where_it_belongs():
-    caches = kv.init_caches(1, Groups(((2, 4), (2, 8))), 1, 2, jnp.dtype("float32"))
+@pytest.mark.parametrize("slots_last", [False, True])
+def test_a_moved_row_is_written_where_it_belongs(slots_last):
+    caches = kv.init_caches(1, Groups(((2, 4), (2, 8))), 1, 2, jnp.dtype("float32"), slots_last)
     (pair,), wide = caches
-    keys = pair[0].at[1].set(jnp.arange(8.0).reshape(1, 4, 2))
-    moved = kv.move_row((((keys, pair[1]),), wide), (0, jnp.int32(1)), (1, jnp.int32(2)), "cpu")
-    np.testing.assert_array_equal(moved[1][0][0][0, :, :4], keys[1])
-    assert not moved[1][0][0][1].any()
-    assert not moved[1][0][0][0, :, 4:].any()
+    pair = jax.tree.map(lambda x: x.at[1].set(jnp.arange(1.0, 9).reshape(x.shape[1:])), pair)
+    moved = kv.move_row(((pair,), wide), (0, jnp.int32(1)), (1, jnp.int32(2)), "cpu")
+    for before, after in zip(map(kv.plain, pair), map(kv.plain, moved[1][0]), strict=True):
+        np.testing.assert_array_equal(after[0, :, :4], before[1])
+        assert not after[1].any()
+        assert not after[0, :, 4:].any()

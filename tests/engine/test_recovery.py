@@ -184,7 +184,7 @@ def test_a_mesh_says_the_same(vanilla):
         settings = settings_of(Request(prompt, 30))
         inputs = (*chunk_of(prompt, 128, 0, 1), settings)
         leaves, weights_of, state, *inputs = jax.device_put((target.leaves, (), state, *inputs), arguments)
-        cache = state.caches[0][0][0]
+        cache = jax.tree.leaves(state.caches)[0]
         assert cache.sharding.is_equivalent_to(sharding(mesh, ("batch", "kv_heads")), 4)
         assert cache.addressable_shards[0].data.shape[1] == 2 // mesh.shape[MODEL]
         state, first = prefill(leaves, weights_of, state, *inputs)

@@ -235,7 +235,7 @@ def test_draft_models_need_the_target_s_vocabulary():
     def open_one(config, tokenizer=None, target=target):
         params = tiny_llama(config, seed=2)
         opened = dataclasses.replace(target, tokenizer=tokenizer) if tokenizer else target
-        return open_draft_model(config, opened, TreeShape.of(4), dtype, device, params)
+        return open_draft_model(config, opened, TreeShape.of(4), dtype, device.platform, device, params)
 
     drafter = open_one(small)
     with LLM(TINY, tiny_llama(), drafter=drafter) as llm:
