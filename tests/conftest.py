@@ -1,5 +1,6 @@
 """Strict JAX for every test: 8 virtual CPU devices, no silent promotion, shapes checked."""
 
+import gc
 import json
 import os
 import tempfile
@@ -53,6 +54,19 @@ def pytest_sessionfinish(session):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if THOROUGH and reporter is not None and reporter.stats.get("skipped"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_end_with_their_module(request):
+    """Free what a module compiled: a process may have 65,530 memory maps (Linux's default), a program takes
+    some dozens of them, and XLA crashes where it gets none.
+    """
+    yield
+    for value in vars(request.module).values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

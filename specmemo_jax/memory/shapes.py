@@ -1,6 +1,7 @@
 """Shapes: one choice of every static size of an engine, from which programs are lowered and plans priced."""
 
 import dataclasses
+import functools
 from typing import Any
 
 from specmemo_jax.draft.protocol import Drafter, TreeLimits
@@ -81,7 +82,7 @@ class Shapes:
             capacity *= 2
         return (*smaller, largest)
 
-    @property
+    @functools.cached_property
     def trees(self) -> TreeLimits:
         """The drafter's trees; the root alone without one."""
         return TreeLimits.of(self.drafter)
