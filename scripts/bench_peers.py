@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 import jax
 import numpy as np
@@ -91,7 +92,8 @@ def _serve(pipe: Connection, run: Run) -> None:
 def _here(pipe: Connection, model: str, dtype: str, prompts: list[list[int]], new_tokens: int) -> None:
     context = len(prompts[0]) + new_tokens
     params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
-    with LLM(model, drafter=None, dtype=dtype, max_batch=len(prompts), max_context=context) as llm:
+    fields: dict[str, Any] = {"drafter": None, "dtype": dtype, "max_batch": len(prompts)}
+    with LLM(model, max_context=context, **fields) as llm:
 
         def run() -> float:
             began = time.perf_counter()

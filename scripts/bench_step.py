@@ -74,7 +74,7 @@ def main() -> None:
                 gc.collect()
 
 
-def processor(device: jax.Device) -> str:
+def processor(device: Any) -> str:
     """The device's name, with a CPU's units for small products."""
     if device.platform != "cpu":
         return f"{device.device_kind} ({device.platform})"
@@ -127,7 +127,7 @@ def measured(
                         wall.append(time.perf_counter() - began)
             jax.profiler.stop_trace()
             seconds = operations(folder)
-        by_part: dict[str, float] = collections.Counter()
+        by_part: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         for name, total in seconds.items():
             by_part[parts.get(name, "other")] += total / options.steps
         floor = floors(target.config, target.dtype.itemsize, batch, nodes, used, roofs)
@@ -167,7 +167,7 @@ def parts_of(program: jax.stages.Compiled, vocab_size: int) -> dict[str, str]:
     found: dict[str, str] = {}
     inside: dict[str, str] = {}  # a computation's part, by its products
     computation = ""
-    for line in program.as_text().splitlines():
+    for line in (program.as_text() or "").splitlines():
         if line.endswith("{"):
             computation = line.split()[0].lstrip("%")
         match = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\(", line)
@@ -192,7 +192,7 @@ def parts_of(program: jax.stages.Compiled, vocab_size: int) -> dict[str, str]:
 def operations(folder: str) -> dict[str, float]:
     """Self seconds of every operation that a profile has, by its name."""
     (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-    total: dict[str, float] = collections.Counter()
+    total: dict[str, float] = collections.defaultdict(float)
     for plane in jax.profiler.ProfileData.from_file(path).planes:
         for line in plane.lines:
             events = sorted(

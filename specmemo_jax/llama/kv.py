@@ -142,28 +142,24 @@ def row_tiles(pair: tuple[Leaf, Leaf], row: Int[Array, ""], size: int, after: Ar
     XLA's CPU backend would take 16-bit numbers into a loop as float32, all rows of them. So the row goes
     there as a copy of integers, which is made when ``after`` is there.
     """
-    half = not any(map(_is_side, pair)) and pair[1].dtype.itemsize == 2
-    axes, dtype = tuple(map(_slot_axis, pair)), pair[1].dtype if half else None
-    if half:
-        own = ordered_after(row, after)[None]
-        copies = (jax.lax.bitcast_convert_type(side[own], jnp.uint16) for side in pair)
-        pair, row = tuple(ordered_after(copy, after) for copy in copies), jnp.int32(0)
     size = math.gcd(num_slots(pair[1]), size)
+    keys, values = (_side_tiles(side, row, size, after) for side in pair)
+    return RowTiles(lambda start: (keys(start), values(start)), size)
 
-    def read(start: Array) -> tuple[Leaf, Leaf]:
-        def cut(buffer: Array, axis: int) -> Array:
-            place = (row, *(start if own == axis else 0 for own in (1, 2, 3)))
-            sizes = (1, *(size if own == axis else buffer.shape[own] for own in (1, 2, 3)))
-            tile = jax.lax.dynamic_slice(buffer, place, sizes)
-            return jax.lax.bitcast_convert_type(tile, dtype) if half else tile
 
-        keys, values = (
-            jax.tree.map(lambda buffer: cut(buffer, axis), side)  # noqa: B023
-            for side, axis in zip(pair, axes, strict=True)
-        )
-        return keys, values
+def _side_tiles(side: Leaf, row: Array, size: int, after: Array) -> Callable[[Array], Leaf]:
+    axis = _slot_axis(side)
 
-    return RowTiles(read, size)
+    def cut(buffer: Array, row: Array, start: Array) -> Array:
+        place = (row, *(start if own == axis else 0 for own in (1, 2, 3)))
+        sizes = (1, *(size if own == axis else buffer.shape[own] for own in (1, 2, 3)))
+        return jax.lax.dynamic_slice(buffer, place, sizes)
+
+    if _is_side(side) or side.dtype.itemsize != 2:
+        return lambda start: jax.tree.map(lambda buffer: cut(buffer, row, start), side)
+    own = side[ordered_after(row, after)[None]]
+    copy = ordered_after(jax.lax.bitcast_convert_type(own, jnp.uint16), after)
+    return lambda start: jax.lax.bitcast_convert_type(cut(copy, jnp.int32(0), start), side.dtype)
 
 
 def init_cache(

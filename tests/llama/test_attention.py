@@ -17,9 +17,9 @@ def filled_cache(rng, slots, dtype, slots_last):
     """A layer's keys and values of `ROWS` rows, every slot of them written."""
     cache = kv.init_cache(1, (ROWS, KV_HEADS, slots, D), jnp.dtype(dtype), slots_last)
     heads = [jnp.asarray(rng.standard_normal((ROWS, KV_HEADS, slots, D)), jnp.float32) for _ in range(2)]
-    new = tuple(map(kv.quantize, heads)) if dtype == "int8" else tuple(heads)
+    keys, values = map(kv.quantize, heads) if dtype == "int8" else heads
     nowhere = jnp.zeros((ROWS,), jnp.int32)
-    return kv.write(cache, (new,), nowhere, jnp.arange(ROWS), "cpu")[0]
+    return kv.write(cache, ((keys, values),), nowhere, jnp.arange(ROWS), "cpu")[0]
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
