@@ -40,7 +40,7 @@ def test_what_is_measured(tmp_path, monkeypatch):
     found = front.calibrate(setup(), GRID, said.append)
     # 512 slots are more than the model's context
     assert [(p.batch, p.nodes, p.capacity) for p in found.steps] == [(1, 1, 256), (1, 4, 256), (2, 1, 256)]
-    assert [p.chunk for p in found.prefills] == [32, 128]
+    assert [p.chunk for p in found.prefills] == [32, 64, 128]
     assert [(p.drafter, p.nodes) for p in found.drafts] == [("self:1", 4)]
     assert found.drafts[0].work == SELF.work(TINY, 4, 1, 256)
     assert min(found.bandwidth, found.flops, *(p.seconds for p in found.steps)) > 0
