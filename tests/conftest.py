@@ -63,7 +63,7 @@ def room_for_programs(request):
     """
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+    if maps.exists() and maps.read_bytes().count(b"\n") > 5_000:
         for value in vars(request.module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
