@@ -53,11 +53,13 @@ def _measure(options: argparse.Namespace, dtype: str, batch: int, peer: bool) ->
     prompts = np.random.default_rng(0).integers(1000, 40000, (batch, options.prompt_tokens)).tolist()
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
+    processes = []
     for name in ("here", "control", *(("transformers",) if peer else ())):
         ours, theirs = context.Pipe()
         work = _transformers if name == "transformers" else _here
         arguments = theirs, options.model, dtype, prompts, options.new_tokens
-        context.Process(target=work, args=arguments, daemon=True).start()
+        processes.append(context.Process(target=work, args=arguments, daemon=True))
+        processes[-1].start()
         ours.recv()  # it is ready, and has run once
         pipes[name] = ours
     rounds: dict[str, list[float]] = {name: [] for name in pipes}
@@ -67,6 +69,8 @@ def _measure(options: argparse.Namespace, dtype: str, batch: int, peer: bool) ->
             rounds[name].append(batch * options.new_tokens / pipe.recv())
     for pipe in pipes.values():
         pipe.send(False)
+    for process in processes:
+        process.join()
     speed = {name: f"{statistics.median(found):>9.1f}" for name, found in rounds.items()}
     over = _ratio(rounds["here"], rounds["transformers"]) if peer else "-"
     control = _ratio(rounds["control"], rounds["here"])
