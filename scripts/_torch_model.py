@@ -1,5 +1,6 @@
 """A Llama checkpoint as transformers and torch run it, for comparisons; neither is needed to import this."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,6 @@ def torch_model(path: Path, dtype: str) -> Any:
 
 def timed_answers(model: Any, prompts: list[list[int]], new_tokens: int) -> float:
     """Seconds of one greedy ``generate`` over prompts of one length, so many tokens each."""
-    import time
-
     import torch  # pyright: ignore[reportMissingImports]
 
     ids, length = torch.tensor(prompts), {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}

@@ -114,24 +114,23 @@ def measured(
     for fill in options.fills:
         used = int(fill * (slots - room))
         state = filled(engine, slots, used, options.sampled)
-        wall, seconds = [], []
+        wall = []
+        for _ in range(options.steps + 1):
+            began = time.perf_counter()
+            state, _ = program(target.leaves, engine.draft_weights, state)
+            jax.block_until_ready(state)
+            wall.append(time.perf_counter() - began)
         with tempfile.TemporaryDirectory() as folder:
-            for profiled in (False, True):
-                for number in range(options.steps + 1):
-                    if profiled and number == 1:
-                        jax.profiler.start_trace(folder)
-                    began = time.perf_counter()
+            with jax.profiler.trace(folder):
+                for _ in range(options.steps):
                     state, _ = program(target.leaves, engine.draft_weights, state)
                     jax.block_until_ready(state)
-                    if number and not profiled:
-                        wall.append(time.perf_counter() - began)
-            jax.profiler.stop_trace()
             seconds = operations(folder)
         by_part: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         for name, total in seconds.items():
             by_part[parts.get(name, "other")] += total / options.steps
         floor = floors(target.config, target.dtype.itemsize, batch, nodes, used, roofs)
-        step = statistics.median(wall)
+        step = statistics.median(wall[1:])  # a program's first takes longer
         cells = "".join(
             f"{f'{by_part[part] * 1e3:.1f}' + (f' ({floor[part] * 1e3:.1f})' if part in floor else ''):>15}"
             for part in PARTS

@@ -151,9 +151,8 @@ def _side_tiles(side: Leaf, row: Array, size: int, after: Array) -> Callable[[Ar
     axis = _slot_axis(side)
 
     def cut(buffer: Array, row: Array, start: Array) -> Array:
-        place = (row, *(start if own == axis else 0 for own in (1, 2, 3)))
         sizes = (1, *(size if own == axis else buffer.shape[own] for own in (1, 2, 3)))
-        return jax.lax.dynamic_slice(buffer, place, sizes)
+        return jax.lax.dynamic_slice(buffer, _corner(row, start, axis), sizes)
 
     if _is_side(side) or side.dtype.itemsize != 2:
         return lambda start: jax.tree.map(lambda buffer: cut(buffer, row, start), side)
@@ -303,8 +302,7 @@ def _put_on_cpu(cache: KVCache, stored: KVCache, starts: Int[Array, " R"], rows:
             values = as_int(values.astype(dtype))
             update = jax.lax.dynamic_slice_in_dim(values, i, 1)
             update = jnp.where(starts[i] >= 0, update, jnp.zeros((), values.dtype))
-            place = (rows[i], *(starts[i] if own == axis else 0 for own in (1, 2, 3)))
-            whole = jax.lax.dynamic_update_slice(as_int(buffer), update, place)
+            whole = jax.lax.dynamic_update_slice(as_int(buffer), update, _corner(rows[i], starts[i], axis))
             return jax.lax.bitcast_convert_type(whole, dtype) if half else whole
 
         return _map_sides(put, cache, stored)
@@ -322,12 +320,17 @@ def _map_sides(put: Callable[[Array, Array, int], Array], cache: KVCache, stored
 
 
 def _is_side(x: Any) -> bool:
-    """Whether it is a layer's keys or its values."""
+    """Whether it is a layer's keys or values of a kind of their own, and not an array."""
     return isinstance(x, SlotsLast | Quantized)
 
 
 def _slot_axis(side: Leaf) -> int:
     return 3 if isinstance(side, SlotsLast) else 2
+
+
+def _corner(row: Array, slot: Array, axis: int) -> tuple[Array | int, ...]:
+    """Where a row's slot begins in a buffer whose slots are on ``axis``."""
+    return (row, *(slot if own == axis else 0 for own in (1, 2, 3)))
 
 
 def grow(caches: Caches, groups: Groups) -> Caches:

@@ -11,10 +11,10 @@ from specmemo_jax.devices.compiled import compiled_memory
 from specmemo_jax.devices.table import find_device
 from specmemo_jax.draft import DraftModel, NgramDrafter, SelfDrafter, TreeShape
 from specmemo_jax.engine.engine import Engine
-from specmemo_jax.engine.programs import state_shardings
+from specmemo_jax.engine.programs import Programs, state_shardings
 from specmemo_jax.errors import CapacityError, ConfigError
 from specmemo_jax.files.byte_size import parse_bytes
-from specmemo_jax.llama.packing import pack
+from specmemo_jax.llama.packing import abstract_target, pack
 from specmemo_jax.memory.plan import lay_out
 from specmemo_jax.memory.shapes import Shapes
 from specmemo_jax.planning.prove import compile_target_for, programs_for
@@ -145,3 +145,21 @@ def test_sizes_with_units(text, size):
 def test_sizes_that_are_none(text):
     with pytest.raises(ConfigError, match="memory size"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize("score_nodes", [None, 32])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prefill_holds_no_cache_of_all_layers_at_once(dtype, batch, score_nodes):
+    """A layer's row may be copied while it is read; the rows of all layers, or whole layers, are never."""
+
+    def temporaries(layers):
+        config = dataclasses.replace(TINY, num_layers=layers, max_context=2048)
+        shapes = Shapes(config, dtype, "cpu", 2000, batch, score_nodes=score_nodes)
+        programs = Programs(abstract_target(config, jnp.dtype(dtype), "cpu"), shapes)
+        return compiled_memory(programs.compile(programs.prefill(2048, 128))).temporaries
+
+    vector = 2 * TINY.num_kv_heads * TINY.head_dim
+    row = 2048 * vector * jnp.dtype(dtype).itemsize
+    waiting = 128 * (TINY.num_heads * TINY.head_dim + vector) * 4  # a layer's new keys, values, and queries
+    assert temporaries(8) - temporaries(2) < 6 * (waiting + row // 4)
