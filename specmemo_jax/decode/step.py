@@ -22,7 +22,7 @@ from specmemo_jax.decode.unbounded import choices_by_path, last_of_all_logits
 from specmemo_jax.draft.protocol import Drafter, State, TreeLimits, View
 from specmemo_jax.draft.tree import Tree, ancestor_mask, root_only
 from specmemo_jax.llama import kv
-from specmemo_jax.llama.model import Llama, by_parts, forward, logits
+from specmemo_jax.llama.model import Llama, by_parts, forward_with_taps, logits
 from specmemo_jax.llama.packing import Target
 
 
@@ -82,13 +82,14 @@ def prefill_chunk(
     own, cache = rows - kv.first_row(state.caches, group), state.caches[group]
     causal = jnp.tril(jnp.ones((1, C, C), bool))
     positions = starts[:, None] + jnp.arange(C)[None, :]
-    hidden, new = forward(
+    hidden, new, features = forward_with_taps(
         model,
         (cache,),
         tokens,
         positions,
         causal,
         starts,
+        taps_of(drafter),
         score_nodes=chunking.score_nodes,
         rows=own,
     )
@@ -117,7 +118,7 @@ def prefill_chunk(
     )
     draft = state.draft
     if drafter is not None:
-        view = View(weights, model, state.caches, group)
+        view = View(weights, model, state.caches, group, features)
         draft = drafter.observe(view, draft, rows, tokens, starts, count[None])
     return EngineState(caches, advanced, draft, state.emitted), first
 
@@ -139,6 +140,7 @@ def _mark_seen(
 def speculative_step(
     target: Target,
     drafter: Drafter | None,
+    observer: Drafter | None,
     chunking: Chunking,
     sampled: bool,
     record: bool,
@@ -149,30 +151,30 @@ def speculative_step(
     """Draft, verify, accept, commit: every row emits between one token and its tree's depth + 1. Returns the
     proposed tree where it is to be recorded.
 
-    Without a drafter the tree is the root alone, which is plain decoding; the state of a drafter
-    that sleeps passes through.
+    Without a drafter the tree is the root alone, which is plain decoding. ``observer``: the drafter, or None
+    where it need not see this step, and its state passes through.
     """
     model, rows, draft = target.merge(leaves), state.rows, state.draft
-    view = View(weights, model, state.caches)
+    view, taps = View(weights, model, state.caches), taps_of(observer)
     limits = TreeLimits.of(drafter)
     if drafter is None:
         tree = root_only(rows.pending)
     else:
         tree, draft = drafter.propose(view, draft, rows.pending, rows.lengths)
     buckets = limits.verify_buckets
-    verifiers = [_verifier(model, chunking, sampled, limits, width) for width in buckets]
+    verifiers = [_verifier(model, chunking, sampled, limits, taps, width) for width in buckets]
     if len(verifiers) == 1:
-        accepted, new, history = verifiers[0](tree, rows, state.caches)
+        accepted, new, features, history = verifiers[0](tree, rows, state.caches)
     else:
         filled = jnp.where((tree.tokens >= 0) & ~rows.done[:, None], jnp.arange(buckets[-1])[None, :] + 1, 1)
         place = jnp.sum(jnp.max(filled) > jnp.asarray(buckets[:-1], jnp.int32))
-        accepted, new, history = jax.lax.switch(place, verifiers, tree, rows, state.caches)
+        accepted, new, features, history = jax.lax.switch(place, verifiers, tree, rows, state.caches)
     advanced, counts = advance(rows, accepted, history)
     caches = kv.write_every(state.caches, new, kv.ordered_after(rows.lengths, counts), target.platform)
-    if drafter is not None:
+    if observer is not None:
         committed = jnp.concatenate([rows.pending[:, None], accepted.emitted[:, :-1]], axis=1)
-        every = jnp.arange(counts.shape[0])
-        draft = drafter.observe(view, draft, every, committed, rows.lengths, counts)
+        view, every = dataclasses.replace(view, features=features), jnp.arange(counts.shape[0])
+        draft = observer.observe(view, draft, every, committed, rows.lengths, counts)
     emitted = append(state.emitted, accepted.emitted, counts, ~rows.done)
     return EngineState(caches, advanced, draft, emitted), tree if record else None
 
@@ -193,6 +195,19 @@ def catch_up(
     view = View(weights, target.merge(leaves), state.caches, group)
     draft = drafter.observe(view, state.draft, row[None], tokens, start[None], count[None])
     return dataclasses.replace(state, draft=draft), None
+
+
+def settle(
+    target: Target, drafter: Drafter, leaves: tuple[Array, ...], weights: Any, state: EngineState
+) -> tuple[EngineState, None]:
+    """Let a drafter with taps read what plain steps left (`Drafter.settle`)."""
+    view = View(weights, target.merge(leaves), state.caches)
+    return dataclasses.replace(state, draft=drafter.settle(view, state.draft, state.rows.lengths)), None
+
+
+def taps_of(drafter: Drafter | None) -> tuple[int, ...]:
+    """What is read of the target for a drafter; nothing without one."""
+    return () if drafter is None else drafter.taps
 
 
 def restore(
@@ -250,25 +265,27 @@ def move(
 
 
 def _verifier(
-    model: Llama, chunking: Chunking, sampled: bool, limits: TreeLimits, width: int
-) -> Callable[[Tree, Rows, kv.Caches], tuple[Accepted, kv.NewKV, History]]:
-    """Verification of a tree's first ``width`` nodes: the accepted path, its keys and values, the history.
+    model: Llama, chunking: Chunking, sampled: bool, limits: TreeLimits, taps: tuple[int, ...], width: int
+) -> Callable[[Tree, Rows, kv.Caches], tuple[Accepted, kv.NewKV, Array | None, History]]:
+    """Verification of a tree's first ``width`` nodes: the accepted path, its keys and values, its features
+    at ``taps`` (None without), the history.
 
     All results are as wide as the deepest tree's path, so that every width's are alike.
     """
     depth = min(limits.max_depth, width - 1)
 
-    def verify(tree: Tree, rows: Rows, caches: kv.Caches) -> tuple[Accepted, kv.NewKV, History]:
+    def verify(tree: Tree, rows: Rows, caches: kv.Caches) -> tuple[Accepted, kv.NewKV, Array | None, History]:
         tree = jax.tree.map(lambda x: x[:, :width], tree)
         ancestors = ancestor_mask(tree.parents, depth)
         tokens, positions = jnp.maximum(tree.tokens, 0), rows.lengths[:, None] + tree.depths
-        hidden, new = forward(
+        hidden, new, features = forward_with_taps(
             model,
             caches,
             tokens,
             positions,
             ancestors,
             rows.lengths,
+            taps,
             score_nodes=chunking.score_nodes,
         )
         history = rows.history
@@ -289,9 +306,12 @@ def _verifier(
             at = accepted.path[:, None, :, None]
             new = jax.tree.map(lambda x: jnp.take_along_axis(x, at, axis=2), new)
         more = limits.max_depth - depth
+        if features is not None:
+            features = jnp.take_along_axis(features, accepted.path[:, :, None], axis=1)
+            features = jnp.pad(features, ((0, 0), (0, more), (0, 0)))
         new = jax.tree.map(lambda x: jnp.pad(x[:, :, : depth + 1], ((0, 0), (0, 0), (0, more), (0, 0))), new)
         path, emitted = (jnp.pad(x, ((0, 0), (0, more))) for x in (accepted.path, accepted.emitted))
-        return Accepted(path, emitted, accepted.counts), new, history
+        return Accepted(path, emitted, accepted.counts), new, features, history
 
     return verify
 

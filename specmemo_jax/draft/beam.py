@@ -6,6 +6,7 @@ The draft's cache is only read: nodes' keys and values live in the passes' tempo
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -137,33 +138,75 @@ def beam_draft(
     never proposed.
     """
     B, U = unread.shape
-    k, slots = shape.branches, jnp.arange(U + 1)[None, :]
+    slots = jnp.arange(U + 1)[None, :]
     tokens = jnp.pad(unread, ((0, 0), (0, 1)))
     tokens = jnp.where(slots == num_unread[:, None], pending[:, None], tokens)
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((1, U + 1, U + 1), bool)), (B, U + 1, U + 1))
     hidden, read = forward(model, caches, tokens, known[:, None] + slots, causal, known)
-    root = jnp.take_along_axis(hidden, num_unread[:, None, None], axis=1)
-    children, log_p = _likeliest(logits(model, root)[:, :, :vocab_size], k)
+
+    def expand(
+        tokens: Array, parents: Array, positions: Array, ancestors: Array, earlier: NewKV
+    ) -> tuple[Array, NewKV]:
+        return forward(model, caches, tokens, positions, ancestors, known, earlier=earlier)
+
+    passes = Passes(expand, lambda hidden: logits(model, hidden)[:, :, :vocab_size])
+    return grow_tree(passes, hidden, read, known, num_unread, pending, shape), read
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """What a draft does of its own while a tree grows.
+
+    ``expand``: a pass over nodes ``[B, k]`` with their parents' outputs ``[B, k, H]``, their positions, which
+    nodes they see (`forward`), and earlier nodes' keys and values; gives outputs ``[B, k, H]`` and new keys
+    and values. ``score``: logits ``[B, k, Vd]`` of outputs. ``ids``: the target's ids of a draft's, where they
+    differ.
+    """
+
+    expand: Callable[[Array, Array, Array, Array, NewKV], tuple[Array, NewKV]]
+    score: Callable[[Array], Array]
+    ids: Callable[[Array], Array] = lambda ids: ids
+
+
+def grow_tree(
+    passes: Passes,
+    hidden: Float[Array, "B M H"],
+    read: NewKV,
+    known: Int[Array, " B"],
+    last: Int[Array, " B"],
+    pending: Int[Array, " B"],
+    shape: TreeShape,
+) -> Tree:
+    """A tree rooted in ``pending``, after a first pass over M nodes from position ``known[b]`` on with outputs
+    ``hidden``; the output at node ``last[b]`` says what follows ``pending``.
+    """
+    B, M, _ = hidden.shape
+    k, slots = shape.branches, jnp.arange(M)[None, :]
+    root = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+    children, log_p = _likeliest(passes.score(root), k)
+    children = passes.ids(children)
     levels = [Level(children[:, 0], log_p[:, 0], jnp.full((B, k), -1, jnp.int32))]
     beam, joint = children[:, 0], log_p[:, 0]
+    outputs = jnp.broadcast_to(root, (B, k, root.shape[2]))
     places = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32)[None, :], (B, k))
-    visible = jnp.broadcast_to((slots <= num_unread[:, None])[:, None, :], (B, k, U + 1))
+    visible = jnp.broadcast_to((slots <= last[:, None])[:, None, :], (B, k, M))
     nodes, first_place = read, k
     for depth in range(1, shape.depth):
-        positions = jnp.broadcast_to((known + num_unread + depth)[:, None], (B, k))
+        positions = jnp.broadcast_to((known + last + depth)[:, None], (B, k))
         ancestors = _with_self(visible)
-        hidden, new = forward(model, caches, beam, positions, ancestors, known, earlier=nodes)
+        hidden, new = passes.expand(beam, outputs, positions, ancestors, nodes)
         nodes = jax.tree.map(lambda old, more: jnp.concatenate([old, more], axis=2), nodes, new)
-        children, log_p = _likeliest(logits(model, hidden)[:, :, :vocab_size], k)
+        children, log_p = _likeliest(passes.score(hidden), k)
         joints = (joint[:, :, None] + log_p).reshape(B, k * k)
-        children = children.reshape(B, k * k)
+        children = passes.ids(children).reshape(B, k * k)
         levels.append(Level(children, joints, jnp.repeat(places, k, axis=1)))
         joint, best = jax.lax.top_k(joints, k)
         beam = jnp.take_along_axis(children, best, axis=1)
+        outputs = jnp.take_along_axis(hidden, (best // k)[:, :, None], axis=1)
         places = first_place + best.astype(jnp.int32)
         visible = jnp.take_along_axis(ancestors, (best // k)[:, :, None], axis=1)
         first_place += k * k
-    return _best_nodes(pending, levels, shape), read
+    return _best_nodes(pending, levels, shape)
 
 
 def _with_self(visible: Bool[Array, "B k M"]) -> Bool[Array, "B k N"]:

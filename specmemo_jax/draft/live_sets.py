@@ -3,7 +3,19 @@
 import dataclasses
 
 from specmemo_jax.draft.beam import TreeShape
-from specmemo_jax.llama.live_sets import FULL, ForwardShape, LiveSet, array, attention, head, projections
+from specmemo_jax.llama.live_sets import (
+    FULL,
+    ForwardShape,
+    LiveSet,
+    array,
+    attention,
+    bookkeeping,
+    fragmentation,
+    head,
+    projections,
+    until_commit,
+    workspace,
+)
 
 
 def beam_live_sets(draft: ForwardShape, unread: int, shape: TreeShape) -> tuple[LiveSet, ...]:
@@ -26,6 +38,58 @@ def beam_live_sets(draft: ForwardShape, unread: int, shape: TreeShape) -> tuple[
             for phase in (*attention(last), *projections(last), *_choice(last, B * k, k))
         ]
     return tuple(live)
+
+
+def head_live_sets(
+    draft: ForwardShape, inputs: int, shape: TreeShape, most_read: int, window: int, chunk: int | None
+) -> tuple[LiveSet, ...]:
+    """Live sets of an EAGLE head, whose layer's passes are like ``draft``: of a step after ``most_read``
+    positions a row at most; or of one pass over a prompt's ``chunk`` behind a ``window`` of what waited,
+    where no chunk (0) is the windows of all rows. ``inputs``: the width of what its first product reads.
+    """
+    if chunk is None:
+        live = beam_live_sets(draft, most_read - 1, shape)
+        nodes = draft.rows * max(most_read, shape.branches)
+    else:
+        read = dataclasses.replace(draft, nodes=window + chunk - 1)
+        if chunk:
+            read = dataclasses.replace(read, rows=1, gathered=draft.rows > 1)
+        live, nodes = (*attention(read), *projections(read), until_commit(read)), read.all_nodes
+    width = inputs + 3 * draft.config.hidden_size  # beside them the embedding, the residual, and both normed
+    return tuple((*of, array("inputs of the head", (nodes, width), FULL)) for of in live)
+
+
+def medusa_live_sets(
+    p: ForwardShape, heads: int, apart: bool, branches: int, chunk: int | None
+) -> tuple[LiveSet, ...]:
+    """Live sets of Medusa's ``heads``, of which ``p``'s nodes are asked: of a step, or of keeping a row of a
+    prompt's ``chunk``. ``apart``: each head has rows of its own, and so a product; all their logits may live
+    at once, and on CPU no more than two of their copies without nan. For the likeliest token alone cuBLAS'
+    are copied only, under Triton those of one row; a split vocabulary is gathered on CPU.
+    """
+    H, V = p.config.hidden_size, p.config.vocab_size
+    if chunk is not None:
+        return ((array("feature told and kept", (2, H), FULL),),)
+    rows, products = (p.rows, p.nodes) if apart else (p.all_nodes, 1)
+    padded = max(2, rows) if p.on_cpu and p.itemsize < FULL else p.product_rows(rows)
+    copies = products
+    if p.on_cpu and p.shards > 1:
+        copies = 2
+    elif p.backend != "cublas" and (branches == 1 or (rows > 1 and not p.on_cpu)):
+        copies = 0
+    elif p.on_cpu:
+        copies = min(products, 2)
+    return (
+        (
+            array("blocks of the heads", (p.product_rows(p.rows), heads, H), FULL),
+            array("states of the heads", (2, p.all_nodes, H), FULL),
+            array("logits of the heads", (products, padded, -(-V // p.shards)), FULL),
+            array("logits to choose from", (copies, rows, V), FULL),
+            *(() if p.on_cpu else (workspace(p),)),
+            fragmentation(p),
+            bookkeeping(p),
+        ),
+    )
 
 
 def _choice(p: ForwardShape, rows: int, branches: int) -> tuple[LiveSet, ...]:

@@ -25,13 +25,16 @@ class View:
 
     ``weights``: what its `Drafter.weights` gave. ``model`` and ``caches``: the target's, a group's
     cache ``[B_g, K, S_g, D]`` a layer as committed; both are read and never written. ``group``: the one that
-    the row observed is of, where a prompt is read; None where it is all rows.
+    the row observed is of, where a prompt is read; None where it is all rows. ``features`` ``[R, C, F]``: of
+    the tokens observed, the target's hidden states at the drafter's `Drafter.taps` side by side, in the
+    weights' dtype; None where it has no taps or proposes.
     """
 
     weights: Any
     model: Llama
     caches: Caches
     group: int | None = None
+    features: Array | None = None
 
 
 class Drafter(abc.ABC):
@@ -45,6 +48,20 @@ class Drafter(abc.ABC):
 
     name: str = "drafter"
     num_nodes: int  # T, root included
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The target's hidden states that it reads (`forward_with_taps`). One that has any observes plain
+        steps, too, since what it would miss cannot be told from tokens alone.
+        """
+        return ()
+
+    @property
+    def waits(self) -> bool:
+        """Whether a position waits in its state for what follows: it needs the token after it, and those of
+        plain steps need `settle`. Of those that have taps; one that has read all that it was told says no.
+        """
+        return bool(self.taps)
 
     @property
     def max_depth(self) -> int:
@@ -113,6 +130,12 @@ class Drafter(abc.ABC):
     ) -> tuple[Tree, State]:
         """A tree rooted in ``pending``, the token at position ``lengths[b]`` (after all observed ones)."""
 
+    def settle(self, view: View, state: State, lengths: Int[Array, " B"]) -> State:
+        """Read what waits of plain steps, `decode.emitted.BURST` at most; rows hold ``lengths`` positions.
+        Run by a program of its own after such steps, for drafters that have `waits`.
+        """
+        return state
+
     def grow(self, state: State, groups: Groups) -> State:
         """The same rows with room for the positions of ``groups``; called by the host between steps."""
         return state
@@ -166,7 +189,8 @@ class Drafter(abc.ABC):
 
     def live_sets(self, target: ForwardShape, chunk: int | None) -> tuple[LiveSet, ...]:
         """Sets of buffers that live at once while it drafts beside a target whose verification is ``target``:
-        those of `propose` (``chunk`` None), or of `observe` for a prompt's ``chunk``.
+        those of `propose` (``chunk`` None), or of `observe` for a prompt's ``chunk``; for `settle` as for
+        a chunk of no tokens.
         """
         size = self.temporary_bytes(target.config, target.rows, target.widest)
         return ((Buffer(f"{self.name} drafting", (size,), "bytes", size),),)

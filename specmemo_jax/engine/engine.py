@@ -64,6 +64,7 @@ class Engine:
         self.chooser = TreeChooser(self.shapes.tree_sizes, self.shapes.batch, probe) if adapts else None
         self._step_seconds: dict[int, float] = {}  # of the last burst of each tree
         self._steps_run: Counter[jax.stages.Compiled] = Counter()
+        self._unsettled = False  # plain steps ran that still wait in the drafter
 
     def replan(self, plan: MemoryPlan) -> None:
         """Go on with other shapes and an empty device state; their drafter: the old one, limited, or None."""
@@ -174,9 +175,11 @@ class Engine:
         if before is None:
             return 0
         kept = common_prefix(before.ids[: before.num_cached], request.ids[:-1])
+        if self.drafter is not None and self.drafter.waits:  # for the token after the last one kept
+            kept = max(0, kept - 1)
         if kept:
             restore(self.runner, row, request, kept)
-            if self.drafter is not None:
+            if self.drafter is not None and not self.drafter.taps:
                 observe(self.runner, row, request.ids, min(before.num_observed, kept), kept)
         return kept
 
@@ -236,8 +239,7 @@ class Engine:
             return
         nodes, steps = self._choose(live, min(max_steps, BURST), waiting)
         self._reserve(max(len(s.ids) for s in live.values()) + steps * self._path_length(nodes))
-        if nodes > 1:
-            self._observe_what_was_missed()
+        self._observe_what_was_missed(nodes)
         step = self.step_program(self.capacity, any(s.sampled for s in live.values()), nodes)
         began = time.perf_counter()
         for _ in range(steps):
@@ -268,8 +270,17 @@ class Engine:
         """The most tokens that a step with such a tree emits a row."""
         return 1 if nodes == 1 or self.drafter is None else self.drafter.limited(nodes).max_depth + 1
 
-    def _observe_what_was_missed(self) -> None:
-        """Tell the drafter what rows committed while it slept: every row, since it drafts for all of them."""
+    def _observe_what_was_missed(self, nodes: int) -> None:
+        """Before a burst with trees of ``nodes``, tell the drafter what rows committed while it slept: every
+        row, since it drafts for all of them. One with taps has seen it, and reads now what waits.
+        """
+        if self.drafter is None or (nodes == 1 and not self.drafter.waits):
+            return
+        if self.drafter.taps:
+            if self._unsettled:
+                self.runner.run(self.runner.program("settle"))
+            self._unsettled = nodes == 1 and self.drafter.waits
+            return
         for row, request in self.placement.cached.items():
             if request.num_observed < request.num_cached:
                 observe(self.runner, row, request.ids, request.num_observed, request.num_cached)

@@ -15,7 +15,16 @@ from specmemo_jax.engine.executables import ExecutableStore
 from specmemo_jax.engine.programs import Programs
 
 Kind = Literal[
-    "empty state", "step", "recording step", "prefill", "catch up", "score", "move", "restore", "end"
+    "empty state",
+    "step",
+    "recording step",
+    "prefill",
+    "catch up",
+    "settle",
+    "score",
+    "move",
+    "restore",
+    "end",
 ]
 Key = tuple[Kind, int, int, bool, int]  # kind, capacity, width, sampled, group
 TOGETHER = 4  # programs compiled at once; each uses several processors, but not all the time
@@ -35,7 +44,9 @@ def plan_keys(programs: Programs) -> Iterator[tuple[str, Key]]:
             yield f"step {nodes}, {how}", ("step", S, nodes, sampled, 0)
         for width, (group, which) in itertools.product(shapes.chunks, groups):
             yield f"prefill {width}{which}, {how}", ("prefill", S, width, sampled, group)
-    if programs.drafter is not None:
+    if programs.drafter is not None and programs.drafter.waits:
+        yield "settle", ("settle", S, 0, False, 0)
+    if programs.drafter is not None and not programs.drafter.taps:
         for width, (group, which) in itertools.product(shapes.chunks, groups):
             yield f"catch up {width}{which}", ("catch up", S, width, False, group)
     for source, target in itertools.combinations(range(len(groups)), 2):
@@ -146,6 +157,8 @@ class ProgramCache:
                 return programs.prefill(capacity, width, sampled, group)
             case "catch up":
                 return programs.catch_up(capacity, width, group)
+            case "settle":
+                return programs.settle(capacity)
             case "score":
                 return programs.score(capacity, width)
             case "move":

@@ -22,7 +22,9 @@ from specmemo_jax.decode.step import (
     move,
     prefill_chunk,
     restore,
+    settle,
     speculative_step,
+    taps_of,
 )
 from specmemo_jax.devices.allocator import is_out_of_memory
 from specmemo_jax.devices.compiler import compiler_options
@@ -78,7 +80,9 @@ class Programs:
         the drafter sleeps; ``record`` returns the proposed tree.
         """
         drafter = self._limited(nodes)
-        return self._lower(speculative_step, capacity, self.target, drafter, self._layout, sampled, record)
+        observer = self.drafter if drafter is None and taps_of(self.drafter) else drafter
+        static = self.target, drafter, observer, self._layout, sampled, record
+        return self._lower(speculative_step, capacity, *static)
 
     def prefill(
         self, capacity: int, width: int, sampled: bool = False, group: int = -1
@@ -94,6 +98,10 @@ class Programs:
         """Telling a drafter that slept: ``f(..., tokens, start, count, row) -> state, None``."""
         static = self.target, self.drafter, self._group(group)
         return self._lower(catch_up, capacity, *static, inputs=_chunk(width))
+
+    def settle(self, capacity: int) -> jax.stages.Lowered:
+        """Letting a drafter with taps read what plain steps left: ``f(...) -> state, None``."""
+        return self._lower(settle, capacity, self.target, self.drafter)
 
     def score(self, capacity: int, width: int) -> jax.stages.Lowered:
         """Scoring ``width`` tokens of a row of the last group:

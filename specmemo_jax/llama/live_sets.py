@@ -37,7 +37,7 @@ class ForwardShape:
     not committed). ``gathered``: the rows are copied out of a wider cache. ``score_nodes``: the most
     nodes whose scores exist at once. ``layers``: L, None for all of the model's. ``in_order``: accepted
     nodes are the first ones, so that nothing is gathered for the commit (a chain). ``quantized``: the cache
-    is `specmemo_jax.llama.kv.Quantized`.
+    is `specmemo_jax.llama.kv.Quantized`. ``taps``: hidden states of every node that are kept for a draft head.
     """
 
     config: LlamaConfig
@@ -54,6 +54,7 @@ class ForwardShape:
     in_order: bool = False
     quantized: bool = False
     most: int | None = None
+    taps: int = 0
 
     @property
     def widest(self) -> int:
@@ -125,7 +126,8 @@ def until_commit(p: ForwardShape) -> LiveSet:
     else:
         new = array("new keys and values", (p.depth, 2, R, K, c.head_dim), p.itemsize)
     tables = array("rotary tables", (2, R, c.head_dim), FULL)
-    return new, tables, bookkeeping(p)
+    tapped = array("features of the nodes", (p.taps, R, c.hidden_size), p.itemsize)
+    return new, tables, bookkeeping(p), *((tapped,) if p.taps else ())
 
 
 def bookkeeping(p: ForwardShape) -> Buffer:

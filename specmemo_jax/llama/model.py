@@ -27,10 +27,12 @@ from specmemo_jax.llama.rope import rope_tables, rotate
 class Attention(nnx.Module):
     """Grouped-query attention with a fused QKV projection ``[(N + 2K) * D, H]``, shard by shard."""
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, shards: int, platform: str):
+    def __init__(
+        self, config: LlamaConfig, dtype: jnp.dtype, shards: int, platform: str, inputs: int | None = None
+    ):
         N, K, D, H = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
         bias, self.heads, self.shards = config.attention_bias, (N, K, D), shards
-        self.qkv_proj = Linear((N + 2 * K) * D, H, dtype, ("heads", "hidden"), bias, platform)
+        self.qkv_proj = Linear((N + 2 * K) * D, inputs or H, dtype, ("heads", "hidden"), bias, platform)
         self.o_proj = Linear(H, N * D, dtype, ("hidden", "heads"), bias, platform)
 
     def project(
@@ -64,12 +66,19 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One decoder layer. All layers' are the same pytree but for their weights, so that `run_block` is
     traced once for all of them.
+
+    ``inputs``: the width of what its attention reads, where a draft head brings that itself
+    (`specmemo_jax.draft.heads`); None is the normed residual.
     """
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, shards: int, platform: str):
+    def __init__(
+        self, config: LlamaConfig, dtype: jnp.dtype, shards: int, platform: str, inputs: int | None = None
+    ):
         self.platform = platform
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.self_attn = Attention(config, dtype, shards, platform)
+        self.input_layernorm = (
+            RMSNorm(config.hidden_size, config.rms_norm_eps, dtype) if inputs is None else None
+        )
+        self.self_attn = Attention(config, dtype, shards, platform, inputs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config, dtype, shards, platform)
 
@@ -127,14 +136,42 @@ def forward(
     either; they come before the T new ones in ``ancestors``. ``score_nodes``: the most nodes whose
     attention scores exist at once; each further part reads the cache once more.
     """
+    hidden, new, _ = forward_with_taps(
+        model, caches, tokens, positions, ancestors, lengths, (), earlier, score_nodes, rows
+    )
+    return hidden, new
+
+
+def forward_with_taps(
+    model: Llama,
+    caches: Caches,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    ancestors: Bool[Array, "B T M"],
+    lengths: Int[Array, " B"],
+    taps: tuple[int, ...],
+    earlier: NewKV | None = None,
+    score_nodes: int | None = None,
+    rows: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B T H"], NewKV, Float[Array, "B T F"] | None]:
+    """`forward`, and the hidden states that a draft head reads: those that enter the layers named by
+    ``taps``, side by side in the weights' dtype, F = H for each; the number of layers means the last one,
+    after the final norm. None without taps.
+    """
     x, rotary, new = embed(model, tokens), rope_tables(model.config, positions), []
+    tapped: dict[int, Array] = {}
     for i in range(len(caches[0])):
+        if i in taps:
+            tapped[i] = x.astype(model.dtype)
         layer = tuple(cache[i] for cache in caches)
         before = None if earlier is None else earlier[i]
         seen = Sight(layer, before, ancestors, lengths, rows)
         x, pair = run_block(model.layers[i], x, rotary, seen, score_nodes)
         new.append(pair)
-    return model.norm(x), tuple(new)
+    hidden = model.norm(x)
+    tapped[len(new)] = hidden.astype(model.dtype)
+    features = jnp.concatenate([tapped[tap] for tap in taps], axis=-1) if taps else None
+    return hidden, tuple(new), features
 
 
 @jax.tree_util.register_dataclass
@@ -158,8 +195,10 @@ def run_block(
     rotary: tuple[Array, Array],
     sight: Sight,
     score_nodes: int | None,
+    inputs: Float[Array, "B T I"] | None = None,
 ) -> tuple[Float[Array, "B T H"], tuple[Leaf, Leaf]]:
     """One layer: the residual after it, and the nodes' keys and values ``[B, K, T, D]`` as a cache has them.
+    ``inputs``: what attention reads in place of the normed residual.
 
     A function of its own under `jax.jit`, so that the layers of a program, and of programs of equal shapes,
     share one trace and one lowering; the compiler inlines it.
@@ -173,7 +212,10 @@ def run_block(
     elif sight.rows is not None:
         # Else XLA's CPU backend copies every layer's rows before the first layer.
         layer = kv.select_rows(layer, kv.ordered_after(sight.rows, x))
-    q, k, v = block.self_attn.project(block.input_layernorm(x), rotary)
+    if inputs is None:
+        assert block.input_layernorm is not None
+        inputs = block.input_layernorm(x)
+    q, k, v = block.self_attn.project(inputs, rotary)
     # What waits for the commit waits in the cache's dtype.
     # In int8 its nodes see each other as they will be seen in the cache, whatever the tree.
     as_cached = kv.quantize if isinstance(sight.cache[0][0], kv.Quantized) else lambda x: x.astype(dtype)

@@ -246,9 +246,11 @@ def _draft_case(target: Target, drafter: Drafter, capacity: int, repeats: int) -
     engine = _engine(target, drafter, 1, capacity)
     state = _part_filled(engine, capacity)
     rows, weights, held = state.rows, engine.draft_weights, [state.draft]
+    width = len(drafter.taps) * target.config.hidden_size
 
     def draft(leaves: Any, weights: Any, caches: Any, own: State) -> tuple[Any, State]:
-        view = View(weights, target.merge(leaves), caches)
+        features = jnp.zeros((1, drafter.max_depth + 1, width), target.dtype) if width else None
+        view = View(weights, target.merge(leaves), caches, features=features)
         tree, own = drafter.propose(view, own, rows.pending, rows.lengths)
         told = jnp.zeros((1, drafter.max_depth + 1), jnp.int32)
         one = jnp.ones((1,), jnp.int32)

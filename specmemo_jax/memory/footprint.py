@@ -113,9 +113,12 @@ def footprint(shapes: Shapes, device: DeviceSpec | None = None) -> Footprint:
             shards=shapes.shards,
             quantized=quantized,
             most=groups.most,
+            taps=0 if drafter is None else len(drafter.taps),
         )
         found = [_step(base, _limited(drafter, nodes), shapes) for nodes in shapes.tree_sizes]
         found += [_prefill(base, drafter, width, shapes.policy) for width in shapes.chunks]
+        if drafter is not None and drafter.waits:
+            found.append(_program("settle", list(drafter.live_sets(base, 0)), _results(config)))
         found += [_score(base, width) for width in shapes.chunks if shapes.scoring]
         for program in found:
             known = programs.get(program.name)
@@ -159,7 +162,10 @@ def _verify(base: ForwardShape, trees: TreeLimits, nodes: int, shapes: Shapes) -
     item = 1 if base.quantized else base.itemsize
     length = D + FULL if base.quantized else D
     path = array("accepted keys and values", (config.num_layers, 2, batch, kv_heads, depth + 1, length), item)
-    peaks = [*attention(verify), *projections(verify), (*until_commit(verify), path)]
+    waiting = array(
+        "features of the path", (batch, depth + 1, verify.taps * config.hidden_size), base.itemsize
+    )
+    peaks = [*attention(verify), *projections(verify), (*until_commit(verify), path, waiting)]
     by_parts = logit_nodes is not None and logit_nodes < nodes
     peaks += head(verify, batch * (logit_nodes if by_parts and logit_nodes else nodes), False, batch)
     *others, drawing = head(verify, batch * (1 if by_parts else nodes), True, batch)
@@ -170,6 +176,10 @@ def _verify(base: ForwardShape, trees: TreeLimits, nodes: int, shapes: Shapes) -
     if shapes.policy == "unbounded" and trees.num_nodes > 1:
         paths = array("logits by path", (batch, trees.max_leaves, depth + 1, config.vocab_size), FULL)
         peaks += [(*live, paths) for live in head(verify, batch * nodes, False, batch)]
+    if verify.taps and verify.on_cpu and base.itemsize < FULL:  # the path's are picked out of float32
+        width = verify.taps * config.hidden_size
+        wider = array("features, converted", (verify.all_nodes, width), FULL - base.itemsize)
+        peaks = [(*live, wider) for live in peaks]
     return peaks
 
 
@@ -183,7 +193,7 @@ def _prefill(base: ForwardShape, drafter: Drafter | None, width: int, policy: st
     peaks += [(*live, seen, seen, seen) for live in head(read, rows, True, 1)]
     drafting = () if drafter is None else drafter.live_sets(base, width)
     beside: LiveSet = ()
-    if drafting and read.on_cpu:
+    if drafting and read.on_cpu and not read.taps:  # else it waits for what it reads there
         beside = max(drafting, key=_size)
     elif drafting:  # one after the other, while what the other keeps for its commit waits
         peaks = [(*live, *min(drafting, key=_size)) for live in peaks] + [

@@ -71,7 +71,9 @@ def draw(drafter):
     log = Emitted(np.repeat(state.emitted.log, ROWS, axis=1), state.emitted.slot)
     many = jax.tree.map(lambda leaf: jax.device_put(np.repeat(leaf, ROWS, axis=0)), state)
     many = dataclasses.replace(many, emitted=log)
-    one_step = functools.partial(step.speculative_step, TARGET, drafter, step.Chunking(), True, False)
+    one_step = functools.partial(
+        step.speculative_step, TARGET, drafter, drafter, step.Chunking(), True, False
+    )
     run = jax.jit(one_step).lower(TARGET.leaves, engine.draft_weights, many).compile()
     counts, emitted = np.zeros((V, V)), 0
     for block in range(DRAWS // ROWS):
