@@ -67,7 +67,7 @@ class Checkpoint:
         """
         for entry in self.entries:
             values = entry.read()
-            if not _all_finite(values):
+            if not all_finite(values):
                 raise WeightsError(
                     f"{entry.file}: tensor {entry.name_in_file!r} holds NaN or Inf; "
                     "an intact copy of the file would work"
@@ -228,8 +228,8 @@ def _some(names: list[str]) -> str:
     return f"tensor{'s' if len(names) > 1 else ''} {shown}{more} {'are' if len(names) > 1 else 'is'}"
 
 
-def _all_finite(values: np.ndarray) -> bool:
-    """In chunks, so that no mask as large as the tensor is made."""
+def all_finite(values: np.ndarray) -> bool:
+    """No NaN and no Inf; in chunks, so that no mask as large as the tensor is made."""
     flat = values.reshape(-1)
     if values.dtype.itemsize == 2:  # bfloat16, float16: all exponent bits set means NaN or Inf
         bits = flat.view(np.uint16)

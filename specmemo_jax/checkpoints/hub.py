@@ -18,6 +18,10 @@ ALLOWED = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+# Of a trained draft head: the first names, and where there are none of them the others, whose reader
+# rebuilds tensors and runs nothing (pickled_tensors.py).
+HEAD_ALLOWED = ("config.json", "model.safetensors", "medusa_lm_head.safetensors")
+PICKLED_HEAD_ALLOWED = ("config.json", "pytorch_model.bin", "medusa_lm_head.pt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -32,6 +36,32 @@ def fetch_hub_model(hub_id: str, *, download: bool = True, progress: bool | None
     Raises ModelNotFoundError when the hub does not know the id, DownloadError when it is gated or
     the hub cannot be reached, WeightsError when it has no safetensors.
     """
+    folder = _snapshot(hub_id, ALLOWED, download, progress)
+    if not any(folder.glob("*.safetensors")):
+        raise WeightsError(
+            f"{hub_id} has no model*.safetensors on the hub (pickled or GGUF files are not fetched); "
+            "its weights converted to safetensors in a local folder, or a local .gguf file, would work"
+        )
+    return folder
+
+
+def fetch_hub_head(hub_id: str, *, download: bool = True, progress: bool | None = None) -> Path:
+    """The folder of a hub's draft head, as `fetch_hub_model`: safetensors, else torch's files.
+
+    Raises as that does, WeightsError when it has neither.
+    """
+    for names in (HEAD_ALLOWED, PICKLED_HEAD_ALLOWED):
+        folder = _snapshot(hub_id, names, download, progress)
+        if any((folder / name).is_file() for name in names[1:]):
+            return folder
+    raise WeightsError(
+        f"{hub_id} has no file of a draft head; "
+        f"one with {', '.join((*HEAD_ALLOWED[1:], *PICKLED_HEAD_ALLOWED[1:]))} would work"
+    )
+
+
+def _snapshot(hub_id: str, names: tuple[str, ...], download: bool, progress: bool | None) -> Path:
+    """What the hub has of ``names``."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -39,7 +69,7 @@ def fetch_hub_model(hub_id: str, *, download: bool = True, progress: bool | None
         # local_files_only raises LocalEntryNotFoundError where nothing is cached.
         folder = snapshot_download(
             hub_id,
-            allow_patterns=list(ALLOWED),
+            allow_patterns=list(names),
             local_files_only=not download,
             tqdm_class=_silent_bar() if progress is False else None,
         )
@@ -66,11 +96,6 @@ def fetch_hub_model(hub_id: str, *, download: bool = True, progress: bool | None
         raise DownloadError(
             f"cannot fetch {hub_id} from the hub ({first}); a network, or a local folder, would work"
         ) from error
-    if not any(Path(folder).glob("*.safetensors")):
-        raise WeightsError(
-            f"{hub_id} has no model*.safetensors on the hub (pickled or GGUF files are not fetched); "
-            "its weights converted to safetensors in a local folder, or a local .gguf file, would work"
-        )
     return Path(folder)
 
 

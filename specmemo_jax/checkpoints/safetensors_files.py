@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _BLOCK = 2**24  # bytes that are compared at once
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_OTHER_BYTES = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class StoredTensor:
     file: Path
     name: str
     shape: tuple[int, ...]
-    dtype: str  # safetensors' name: "F32", "F16", "BF16", "F64"
+    dtype: str  # safetensors' name: "F32", "F16", "BF16", "F64"; of a head's tables also "I64", "BOOL", ...
     nbytes: int
 
 
@@ -67,6 +68,11 @@ def list_safetensors(folder: Path) -> list[StoredTensor]:
     return [stored for shard, names in sorted(shards.items()) for stored in _list_file(folder / shard, names)]
 
 
+def list_safetensors_file(path: Path) -> list[StoredTensor]:
+    """Every tensor of one file, of integers and booleans, too; the header only. Raises WeightsError."""
+    return _list_file(path, None, _FLOAT_BYTES | _OTHER_BYTES)
+
+
 def same_values(a: StoredTensor, b: StoredTensor) -> bool:
     """Whether two tensors hold the same numbers, read block by block."""
     if a.shape != b.shape:
@@ -95,7 +101,9 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _list_file(path: Path, wanted: set[str] | None) -> list[StoredTensor]:
+def _list_file(
+    path: Path, wanted: set[str] | None, sizes: Mapping[str, int] = _FLOAT_BYTES
+) -> list[StoredTensor]:
     found: list[StoredTensor] = []
     with _open(path) as file:
         for name in file.offset_keys():
@@ -103,14 +111,14 @@ def _list_file(path: Path, wanted: set[str] | None) -> list[StoredTensor]:
                 continue
             view = file.get_slice(name)
             dtype, shape = view.get_dtype(), tuple(view.get_shape())
-            if dtype not in _FLOAT_BYTES:
+            if dtype not in sizes:
                 if name.endswith("rotary_emb.inv_freq"):
                     continue
                 raise WeightsError(
                     f"{path}: tensor {name!r} is {dtype}, a quantised or integer type that is not supported; "
                     "F32, F16 or BF16 safetensors or a .gguf file would work"
                 )
-            found.append(StoredTensor(path, name, shape, dtype, math.prod(shape) * _FLOAT_BYTES[dtype]))
+            found.append(StoredTensor(path, name, shape, dtype, math.prod(shape) * sizes[dtype]))
     lost = sorted((wanted or set()) - {stored.name for stored in found})
     if lost:
         raise WeightsError(f"{path}: tensor {lost[0]!r} is not in this shard, although {INDEX_NAME} says so")

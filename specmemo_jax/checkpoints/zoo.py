@@ -86,6 +86,14 @@ def zoo_entry(name: str) -> ZooEntry | None:
     return None
 
 
+def zoo_folder(name: str) -> Path | None:
+    """The zoo's folder of that name, of a model or of a draft head, or None."""
+    for folder in (zoo_root() / name, zoo_root() / f"{name}{_CONFIG_ONLY}"):
+        if _is_plain(name) and (folder / "config.json").is_file():
+            return folder
+    return None
+
+
 def zoo_config(name: str) -> LlamaConfig:
     """The config of a zoo model, with or without weights. Raises ModelNotFoundError."""
     entry = zoo_entry(name)
