@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from specmemo_jax import __version__
-from specmemo_jax.cli import batch, calibrate, chat, generate, models, plan
+from specmemo_jax.cli import batch, calibrate, chat, convert, generate, models, plan, train
 from specmemo_jax.cli.failures import OneLineErrors, quiet_libraries
 from specmemo_jax.cli.options import GroupedHelp
 
@@ -22,6 +22,8 @@ app.command("batch", cls=GroupedHelp, epilog=batch.EPILOG)(batch.batch)
 app.command("chat", cls=GroupedHelp, epilog=chat.EPILOG)(chat.chat)
 app.command("plan", cls=plan.PlanCommand, epilog=plan.EPILOG)(plan.plan)
 app.command("calibrate", cls=GroupedHelp, epilog=calibrate.EPILOG)(calibrate.calibrate)
+app.command("train", cls=GroupedHelp, epilog=train.EPILOG)(train.train)
+app.command("convert", cls=GroupedHelp, epilog=convert.EPILOG)(convert.convert)
 app.command("pull", cls=GroupedHelp)(models.pull)
 app.command("list", cls=GroupedHelp)(models.list_models)
 
