@@ -20,7 +20,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as TooLong
 from multiprocessing import get_context
@@ -34,6 +34,8 @@ from specmemo_jax.checkpoints.zoo import zoo_config
 from specmemo_jax.devices.compiled import compiled_memory
 from specmemo_jax.devices.table import find_device
 from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, TreeShape
+from specmemo_jax.draft.eagle import EagleDrafter
+from specmemo_jax.draft.head_config import HeadConfig, default_taps, head_layer
 from specmemo_jax.engine.programs import Programs, state_shardings
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.kv import SLOTS
@@ -57,7 +59,7 @@ TARGETS = (
     "llama-2-13b-chat",
     "llama-2-70b-chat",
 )
-DRAFTERS = ("none", "ngram tree", "ngram ladder", "ngram chain", "self", "draft model")
+DRAFTERS = ("none", "ngram tree", "ngram ladder", "ngram chain", "self", "draft model", "eagle", "eagle3")
 ABRIDGED = 2  # layers
 MEDIAN, WORST, SLACK = 1.03, 1.10, 16 * 2**20
 
@@ -123,22 +125,40 @@ class Case:
         shape = TreeShape(T, levels, branches)
         if self.drafter == "self":
             return SelfDrafter(1, shape)
+        if self.drafter in ("eagle", "eagle3"):
+            head = self.head(config)
+            return EagleDrafter(head, lambda _: (), shape, self.dtype, platform=platform)
         small = LlamaConfig(
             vocab_size=config.vocab_size, hidden_size=256, ffn_size=512, num_layers=2, num_heads=4,
             num_kv_heads=2, head_dim=64, max_context=2**15,
         )  # fmt: skip
         return DraftModel.of(abstract_target(small, jnp.dtype(self.dtype), platform), shape)
 
+    def head(self, config: LlamaConfig) -> HeadConfig:
+        """Of EAGLE's kinds, with sizes of its own that its index decides; its H is the target's."""
+        rng = random.Random(self.index)
+        D = rng.choice((config.head_dim, 64, 128))
+        heads = rng.choice((config.num_heads, max(1, config.hidden_size // D)))
+        shared = rng.choice([share for share in (1, 2, 4, 8) if heads % share == 0])
+        ffn = rng.choice((config.ffn_size, config.hidden_size, 4 * config.hidden_size))
+        layer = dataclasses.replace(
+            head_layer(config), num_heads=heads, num_kv_heads=heads // shared, head_dim=D, ffn_size=ffn
+        )
+        vocab = rng.choice((None, None, config.vocab_size // 4, config.vocab_size - 1))
+        own = bool(rng.getrandbits(1))
+        kind = "eagle3" if self.drafter == "eagle3" else "eagle"
+        return HeadConfig(kind, layer, default_taps(kind, config), vocab, own, fc_bias=rng.random() < 0.5)
 
-def draw(seed: int, plans: int, full: int, platform: str) -> Iterator[Case]:
-    """``plans`` cases; the first ``full`` are compiled whole."""
+
+def draw(seed: int, plans: int, full: int, platform: str, drafters: Sequence[str]) -> Iterator[Case]:
+    """``plans`` cases with one of ``drafters``; the first ``full`` are compiled whole."""
     dtypes = ("bfloat16", "float32")
     if platform != "cpu":
         spec = find_device(platform.removeprefix("cuda:"))
         dtypes = tuple(d for d in ("bfloat16", "float16", "float32") if d in spec.dtypes)
     rng, index = random.Random(seed), 0
     while index < plans:
-        drafter = rng.choice(DRAFTERS)
+        drafter = rng.choice(drafters)
         nodes = 1 if drafter == "none" else rng.choice((2, 4, 8, 12, 16, 16, 24, 32, 48, 64))
         case = Case(
             index=index,
@@ -205,7 +225,7 @@ def check(case: Case, platform: str, every_program: bool) -> Compiled:
     # Sampled programs hold all that greedy ones do, and larger trees most often all that smaller ones do.
     named = {f"step {case.nodes}", f"prefill {case.chunk}", max(_compiled(shown), key=lambda p: p.bytes).name}
     for name, lower in lowerings(programs):
-        if every_program or name in {f"{program}, sampled" for program in named}:
+        if every_program or name == "settle" or name in {f"{program}, sampled" for program in named}:
             extra = compiled_memory(programs.compile(lower())).extra
             most, hungriest = max((most, hungriest), (extra, name))
     return Compiled(case.index, persistent + most, hungriest, time.monotonic() - began)
@@ -238,7 +258,8 @@ def _generation(plan: MemoryPlan) -> int:
 def main() -> int:
     """Draw, compile, print; 1 if a bar is missed."""
     args = _options()
-    cases = {case.index: case for case in draw(args.seed, args.plans, args.full, args.platform)}
+    drawn = draw(args.seed, args.plans, args.full, args.platform, args.drafters)
+    cases = {case.index: case for case in drawn}
     print(_HEAD)
     done = dict(_read(args.csv, cases))
     results = {index: compare(cases[index], args.platform, done[index]) for index in sorted(done)}
@@ -336,6 +357,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--full", type=int, default=30, help="plans compiled at their full depth")
     parser.add_argument("--every-program", action="store_true", help="greedy and small ones too")
     parser.add_argument("--platform", default="cpu", help="cpu, or cuda:SLUG for a described GPU")
+    parser.add_argument("--drafters", nargs="+", choices=DRAFTERS, default=DRAFTERS, help="only these")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--csv", type=Path, help="results are appended, and taken up from there")

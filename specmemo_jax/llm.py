@@ -18,6 +18,7 @@ from specmemo_jax.devices.compiler import compilation_folder, enable_compilation
 from specmemo_jax.devices.quiet import live_devices
 from specmemo_jax.devices.table import live_device
 from specmemo_jax.draft import Drafter, default_shape, is_model_name
+from specmemo_jax.draft.head_files import names_head
 from specmemo_jax.draft.load import open_draft_model
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.executables import ExecutableStore
@@ -71,8 +72,8 @@ class LLM:
         params: with a config, the canonical tensors by name (`LlamaConfig.tensor_shapes`),
             as `specmemo_jax.testing.tiny_llama` makes them.
         drafter: ``"auto"`` (n-grams today), ``"ngram"``, ``"self:K"`` (the target's first K
-            layers), a draft model as ``model`` names one, None for plain decoding, or any
-            `specmemo_jax.draft.Drafter`.
+            layers), a draft model as ``model`` names one, a trained head by its folder, hub id or zoo
+            name (docs/drafters.md), None for plain decoding, or any `specmemo_jax.draft.Drafter`.
         tree_nodes: T, the most nodes a built-in drafter proposes a step, root included.
         memory_budget: bytes on the device (an int or ``"1GiB"``) that the plan must
             stay under; None: what the device says it has.
@@ -131,8 +132,7 @@ class LLM:
         kv_dtype = kv_dtype_for(kv_cache_dtype)
         cache = cache_source(self.name, kv_dtype)
         task = PlanRequest(self.config, chosen, spec, workload, 1, policy, kv_dtype, cache, scoring)
-        self._own_draft = is_model_name(drafter)
-        if is_model_name(drafter):
+        if is_model_name(drafter) and not names_head(drafter):
             shape = default_shape(tree_nodes, task.platform)
             allowed: Drafter | str | None = open_draft_model(
                 drafter, opened, shape, jnp.dtype(chosen), task.platform
@@ -162,6 +162,8 @@ class LLM:
         self.target: Target = pack(self.config, opened.tensors(), jnp.dtype(chosen), device)
         self.tokenizer, self._no_tokenizer = opened.texts()
         self.engine = Engine(self.target, self.plan, adaptive, compiled)
+        loaded = not isinstance(drafter, Drafter)  # a drafter given as an object may go on with its weights
+        self._drafted = jax.tree.leaves(self.engine.draft_weights) if loaded else ()
 
     @property
     def drafter(self) -> Drafter | None:
@@ -185,8 +187,7 @@ class LLM:
             return
         self.engine.close()
         self.engine.runner.programs.close()
-        drafted = jax.tree.leaves(self.engine.draft_weights) if self._own_draft else ()
-        for leaf in (*drafted, *self.target.leaves):
+        for leaf in (*self._drafted, *self.target.leaves):
             leaf.delete()
 
     @property

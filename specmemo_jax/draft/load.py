@@ -1,18 +1,22 @@
-"""A draft model by name, checked against the target it is for."""
+"""A draft model or a draft head by name, checked against the target it is for."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from specmemo_jax.checkpoints.open import OpenModel, open_model
 from specmemo_jax.devices.table import Device
 from specmemo_jax.draft.beam import TreeShape
 from specmemo_jax.draft.draft_model import DraftModel
+from specmemo_jax.draft.eagle import EagleDrafter
+from specmemo_jax.draft.head_files import open_head
+from specmemo_jax.draft.heads import pack_head
 from specmemo_jax.errors import ConfigError, ModelNotFoundError
 from specmemo_jax.llama.config import LlamaConfig
-from specmemo_jax.llama.packing import pack
+from specmemo_jax.llama.packing import Target, pack
 
 
 def open_draft_model(
@@ -44,6 +48,22 @@ def open_draft_model(
         name=f"draft model {draft.name}",
         platform=platform,
     )
+
+
+def open_head_drafter(
+    model: str | Path, target: LlamaConfig, shape: TreeShape, dtype: jnp.dtype, platform: str
+) -> EagleDrafter:
+    """A trained head for ``target`` on ``platform``; its weights are read when the engine asks for them.
+
+    Raises ConfigError and WeightsError for a head of another target, or a broken one.
+    """
+    head = open_head(model, target)
+
+    def load(target: Target) -> tuple[jax.Array, ...]:
+        return pack_head(head.config, head.tensors(), target)
+
+    name = f"{head.config.kind} {head.name}"
+    return EagleDrafter(head.config, load, shape, jnp.dtype(dtype).name, name, platform=platform)
 
 
 def _check_vocabulary(draft: OpenModel, target: OpenModel) -> None:

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter
+from specmemo_jax.draft import Drafter, NgramDrafter
+from specmemo_jax.draft.beam import BeamDrafter
 from specmemo_jax.draft.static_tree import best_tree
 from specmemo_jax.planning.profile import AcceptanceProfile, ExpectedAcceptance, StrengthTree
 
@@ -66,6 +67,6 @@ def shape_key(drafter: Drafter) -> tuple[int, int, int, tuple[tuple[int, int], .
     nodes, depth = drafter.num_nodes, drafter.max_depth
     if isinstance(drafter, NgramDrafter):
         return nodes, depth, min(drafter.branches, nodes - 1), drafter.ladder, drafter.min_hit_rate
-    if isinstance(drafter, SelfDrafter | DraftModel):
+    if isinstance(drafter, BeamDrafter):
         return nodes, depth, drafter.shape.branches, (), 0.0
     return nodes, depth, 1 if drafter.is_chain else nodes - 1, (), 0.0

@@ -21,6 +21,8 @@ from specmemo_jax.draft import (
     is_model_name,
     make_drafter,
 )
+from specmemo_jax.draft.head_files import names_head
+from specmemo_jax.draft.load import open_head_drafter
 from specmemo_jax.errors import ConfigError, ModelNotFoundError, WeightsError
 from specmemo_jax.files.byte_size import parse_bytes
 from specmemo_jax.llama.config import LlamaConfig
@@ -193,6 +195,9 @@ def drafter_named(
     """For `candidates_for`: ``"auto"`` and ``"ngram"`` stay open, a model's name becomes its shapes."""
     if drafter in ("auto", "ngram"):
         return str(drafter)
+    if is_model_name(drafter) and names_head(drafter):
+        shape = default_shape(tree_nodes, request.platform)
+        return open_head_drafter(drafter, config, shape, jnp.dtype(request.dtype), request.platform)
     if is_model_name(drafter):
         draft = named_config(drafter).config
         if draft.vocab_size != config.vocab_size:
