@@ -3,7 +3,7 @@
 Three published kinds. Medusa (arXiv 2401.10774): residual blocks over the target's last hidden state, one
 a depth. EAGLE 1 and 2 (arXiv 2401.15077, 2406.16858): one decoder layer over a token's embedding and the
 target's last hidden state before it. EAGLE-3 (arXiv 2503.01840): the same over the hidden states at three
-of the target's layers. Tensors have the names and shapes of the published files, linear weights ``[out, in]``.
+of the target's layers. Tensors have the names and shapes of the published files, linear ones ``[out, in]``.
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ class HeadConfig:
 
 
 def default_taps(kind: HeadKind, target: LlamaConfig) -> tuple[int, ...]:
-    """What the published heads of a kind read: the last hidden state, or those entering layers 2, L/2, L-3."""
+    """What published heads of a kind read: the last hidden state, or those entering layers 2, L/2, L-3."""
     L = target.num_layers
     if kind != "eagle3":
         return (L,)

@@ -12,7 +12,7 @@ from specmemo_jax.checkpoints.checkpoint import all_finite
 from specmemo_jax.checkpoints.hub import fetch_hub_head, is_hub_id
 from specmemo_jax.checkpoints.pickled_tensors import list_pickled
 from specmemo_jax.checkpoints.safetensors_files import SafetensorsReader, list_safetensors_file
-from specmemo_jax.checkpoints.zoo import zoo_folder
+from specmemo_jax.checkpoints.zoo import zoo_folder, zoo_root
 from specmemo_jax.draft.head_config import HeadConfig
 from specmemo_jax.draft.head_formats import (
     FoundTensor,
@@ -84,6 +84,16 @@ def open_head(model: str | Path, target: LlamaConfig) -> OpenHead:
         return OpenHead(name, layout.config, _refuse(missing))
     _check(name, layout, target)
     return OpenHead(name, layout.config, lambda: _read(name, layout, target))
+
+
+def heads_for(target_name: str) -> tuple[str, ...]:
+    """The zoo's heads with weights that were trained for a target of that name."""
+    found = []
+    for file in sorted(zoo_root().glob(f"*/{FILES[0]}")):
+        ours = _config(file.parent).get("specmemo")
+        if isinstance(ours, dict) and ours.get("target", {}).get("name") == target_name:
+            found.append(file.parent.name)
+    return tuple(found)
 
 
 def list_tensors(folder: Path) -> dict[str, FoundTensor]:

@@ -14,6 +14,7 @@ from specmemo_jax.draft.draft_model import DraftModel
 from specmemo_jax.draft.eagle import EagleDrafter
 from specmemo_jax.draft.head_files import open_head
 from specmemo_jax.draft.heads import pack_head
+from specmemo_jax.draft.medusa import MedusaDrafter
 from specmemo_jax.errors import ConfigError, ModelNotFoundError
 from specmemo_jax.llama.config import LlamaConfig
 from specmemo_jax.llama.packing import Target, pack
@@ -52,18 +53,20 @@ def open_draft_model(
 
 def open_head_drafter(
     model: str | Path, target: LlamaConfig, shape: TreeShape, dtype: jnp.dtype, platform: str
-) -> EagleDrafter:
+) -> EagleDrafter | MedusaDrafter:
     """A trained head for ``target`` on ``platform``; its weights are read when the engine asks for them.
 
     Raises ConfigError and WeightsError for a head of another target, or a broken one.
     """
-    head = open_head(model, target)
+    head, name_of_dtype = open_head(model, target), jnp.dtype(dtype).name
 
     def load(target: Target) -> tuple[jax.Array, ...]:
         return pack_head(head.config, head.tensors(), target)
 
     name = f"{head.config.kind} {head.name}"
-    return EagleDrafter(head.config, load, shape, jnp.dtype(dtype).name, name, platform=platform)
+    if head.config.kind == "medusa":
+        return MedusaDrafter(head.config, load, shape.num_nodes, name_of_dtype, name, platform)
+    return EagleDrafter(head.config, load, shape, name_of_dtype, name, platform=platform)
 
 
 def _check_vocabulary(draft: OpenModel, target: OpenModel) -> None:

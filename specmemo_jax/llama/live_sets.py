@@ -37,7 +37,7 @@ class ForwardShape:
     not committed). ``gathered``: the rows are copied out of a wider cache. ``score_nodes``: the most
     nodes whose scores exist at once. ``layers``: L, None for all of the model's. ``in_order``: accepted
     nodes are the first ones, so that nothing is gathered for the commit (a chain). ``quantized``: the cache
-    is `specmemo_jax.llama.kv.Quantized`. ``taps``: hidden states of every node that are kept for a draft head.
+    is `specmemo_jax.llama.kv.Quantized`. ``taps``: hidden states a node that are kept for a draft head.
     """
 
     config: LlamaConfig

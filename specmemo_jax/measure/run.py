@@ -14,8 +14,16 @@ from specmemo_jax.checkpoints.open import OpenModel, open_model
 from specmemo_jax.decode.rows import MAX_STOP_IDS
 from specmemo_jax.devices.quiet import live_devices
 from specmemo_jax.devices.table import default_dtype, live_device
-from specmemo_jax.draft import Drafter, NgramDrafter, default_shape, is_model_name, make_drafter
-from specmemo_jax.draft.load import open_draft_model
+from specmemo_jax.draft import (
+    Drafter,
+    NgramDrafter,
+    TreeShape,
+    default_shape,
+    is_model_name,
+    make_drafter,
+)
+from specmemo_jax.draft.head_files import names_head
+from specmemo_jax.draft.load import open_draft_model, open_head_drafter
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.request import Request
 from specmemo_jax.errors import ConfigError, RequestError
@@ -32,6 +40,7 @@ from specmemo_jax.planning.profile import AcceptanceProfile, profile_file, user_
 from specmemo_jax.planning.request import fingerprint_on
 
 NGRAM_NODES, NGRAM_BRANCHES = 16, 3  # whose steps an n-gram profile's chances are counted at
+HEAD_TREE = TreeShape(32, 6, 6)  # a head's: deep and wide enough to tell the chances of smaller trees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +65,14 @@ def open_setup(
     """Load what `LLM` would load for these names. Raises as it does."""
     opened, device = open_model(model), live_devices()[0]
     chosen = jnp.dtype(default_dtype(device) if dtype == "auto" else dtype)
-    if is_model_name(drafter):
-        shape = default_shape(tree_nodes, device.platform)
-        found: Drafter | None = open_draft_model(drafter, opened, shape, chosen, device.platform)
-    else:
+    if not is_model_name(drafter):
         found = make_drafter(drafter, tree_nodes, platform=device.platform, dtype=chosen.name)
+    elif names_head(drafter):
+        shape = HEAD_TREE if tree_nodes is None else default_shape(tree_nodes, device.platform)
+        found = open_head_drafter(drafter, opened.config, shape, chosen, device.platform)
+    else:
+        shape = default_shape(tree_nodes, device.platform)
+        found = open_draft_model(drafter, opened, shape, chosen, device.platform)
     return Setup(opened, pack(opened.config, opened.tensors(), chosen, device), found)
 
 

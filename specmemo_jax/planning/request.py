@@ -17,11 +17,13 @@ from specmemo_jax.draft import (
     DraftModel,
     NgramDrafter,
     SelfDrafter,
+    TreeShape,
     default_shape,
     is_model_name,
     make_drafter,
 )
-from specmemo_jax.draft.head_files import names_head
+from specmemo_jax.draft.eagle import EagleDrafter
+from specmemo_jax.draft.head_files import heads_for, names_head
 from specmemo_jax.draft.load import open_head_drafter
 from specmemo_jax.errors import ConfigError, ModelNotFoundError, WeightsError
 from specmemo_jax.files.byte_size import parse_bytes
@@ -48,6 +50,9 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "int8")
 NGRAM_NODES = (2, 4, 8, 16, 32, 64)
+# Trees of a head that are offered: chains where nodes cost, wider ones where they are nearly free.
+CPU_HEAD_TREES = tuple(TreeShape.of(nodes) for nodes in (3, 4, 5, 6))
+GPU_HEAD_TREES = (TreeShape(4, 3), TreeShape(8, 4, 2), TreeShape(16, 5, 4), TreeShape(32, 6, 6))
 # Where no acceptance was measured: the chance that a draft's next guess is right, about what Leviathan et al.
 # (arXiv 2211.17192, table 2) measured with small drafts at temperature 0.
 ASSUMED_CHANCE = 0.7
@@ -228,10 +233,30 @@ def candidates_for(
     if drafter is None:
         return (Candidate(),)
     if isinstance(drafter, str):
-        trees = _ngrams(request, tree_nodes)
+        trees: list[Drafter] = [*_ngrams(request, tree_nodes)]
+        if drafter == "auto":
+            trees += _heads(model, request, tree_nodes)
         plain = (Candidate(),) if drafter == "auto" else ()
         return (*plain, *(Candidate(tree, find_expected_acceptance(tree, model)) for tree in trees))
     return (Candidate(drafter, find_expected_acceptance(drafter, model)),)
+
+
+def _heads(model: str, request: PlanRequest, tree_nodes: int | None) -> list[Drafter]:
+    """The zoo's heads for a model whose acceptance was measured, each with the trees that may pay."""
+    found: list[Drafter] = []
+    for name in heads_for(model):
+        shape = default_shape(tree_nodes, request.platform)
+        head = open_head_drafter(name, request.config, shape, jnp.dtype(request.dtype), request.platform)
+        if stored_profile(model, head.name) is None:
+            continue
+        shapes = (shape,)
+        if tree_nodes is None:
+            shapes = CPU_HEAD_TREES if request.platform == "cpu" else GPU_HEAD_TREES
+        if isinstance(head, EagleDrafter):
+            found += [dataclasses.replace(head, shape=shape) for shape in shapes]
+        else:
+            found += [dataclasses.replace(head, num_nodes=shape.num_nodes) for shape in shapes]
+    return found
 
 
 def _ngrams(request: PlanRequest, tree_nodes: int | None) -> list[NgramDrafter]:
