@@ -159,8 +159,7 @@ class Passes:
 
     ``expand``: a pass over nodes ``[B, k]`` with their parents' outputs ``[B, k, H]``, their positions, which
     nodes they see (`forward`), and earlier nodes' keys and values; gives outputs ``[B, k, H]`` and new keys
-    and values. ``score``: logits ``[B, k, Vd]`` of outputs. ``ids``: the target's ids of a draft's, where they
-    differ.
+    and values. ``score``: logits ``[B, k, Vd]`` of outputs. ``ids``: the target's ids of a draft's own.
     """
 
     expand: Callable[[Array, Array, Array, Array, NewKV], tuple[Array, NewKV]]
@@ -177,8 +176,8 @@ def grow_tree(
     pending: Int[Array, " B"],
     shape: TreeShape,
 ) -> Tree:
-    """A tree rooted in ``pending``, after a first pass over M nodes from position ``known[b]`` on with outputs
-    ``hidden``; the output at node ``last[b]`` says what follows ``pending``.
+    """A tree rooted in ``pending``, after a first pass over M nodes from position ``known[b]`` on that put out
+    ``hidden``; what it put out at node ``last[b]`` says what follows ``pending``.
     """
     B, M, _ = hidden.shape
     k, slots = shape.branches, jnp.arange(M)[None, :]

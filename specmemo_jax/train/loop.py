@@ -59,7 +59,9 @@ class State:
 @dataclasses.dataclass(frozen=True)
 class Report:
     """Where a run is. ``losses``: of each depth, in training since the last report. ``acceptance``: of
-    held-out chains, by depth, given all former tokens right; empty where nothing is held out.
+    held-out chains from every position, by depth, given all former tokens right; empty where nothing is held
+    out. ``accepted_length``: tokens that a step of decoding brings on those answers with a greedy chain, the
+    bonus token counted.
     """
 
     step: int
@@ -68,11 +70,7 @@ class Report:
     tokens_per_second: float
     losses: tuple[float, ...]
     acceptance: tuple[float, ...]
-
-    @property
-    def accepted_length(self) -> float:
-        """Tokens a pass of the target with a greedy chain of so many depths, the bonus token counted."""
-        return 1.0 + float(np.sum(np.cumprod(self.acceptance)))
+    accepted_length: float = 1.0
 
     def __str__(self) -> str:
         losses = " ".join(f"{x:.2f}" for x in self.losses)
@@ -171,6 +169,7 @@ class Trainer:
 
         def reported() -> Report:
             spent = max(clock() - reported_at, 1e-9)
+            acceptance, length = self.judge(state.params)
             losses = () if sums is None else tuple(float(x) / since for x in np.asarray(sums))
             found = Report(
                 step=step,
@@ -178,7 +177,8 @@ class Trainer:
                 tokens=step * per_step,
                 tokens_per_second=since * per_step / spent,
                 losses=losses,
-                acceptance=self.acceptance(state.params),
+                acceptance=acceptance,
+                accepted_length=length,
             )
             report(found, state)
             return found
@@ -217,16 +217,19 @@ class Trainer:
             s.minutes is not None and seconds >= 60 * s.minutes
         )
 
-    def acceptance(self, params: dict[str, Array]) -> tuple[float, ...]:
-        """Of held-out chains: how often the head's token is the target's, by depth, all former right."""
+    def judge(self, params: dict[str, Array]) -> tuple[tuple[float, ...], float]:
+        """`Report.acceptance` and `Report.accepted_length` of held-out answers."""
         weights, vocabulary, _ = self.fixed
-        total, size = None, min(self.batch, self.held.tokens.shape[0])
+        total, walks, size = None, np.zeros(2, np.int64), min(self.batch, self.held.tokens.shape[0])
         for begin in range(0, self.held.tokens.shape[0] - size + 1, max(size, 1)) if size else ():
             rows = jax.tree.map(lambda x, at=begin: x[at : at + size], self.held)
             found = self._judge(params, weights, vocabulary, rows)[1]
             counts = np.stack([np.asarray(found.right), np.asarray(found.tried)])
             total = counts if total is None else total + counts
-        return () if total is None else tuple(float(r) / max(int(t), 1) for r, t in total.T)
+            walks += np.array([int(found.walks), int(found.walked)])
+        if total is None:
+            return (), 1.0
+        return tuple(float(r) / max(int(t), 1) for r, t in total.T), float(walks[1] / max(walks[0], 1))
 
 
 def _look(

@@ -126,7 +126,7 @@ def train_head(settings: Settings, out: Path, say: Callable[[str], None] = lambd
     def note(report: Report, state: State) -> None:
         say(str(report))
         with (out / LOG).open("a", encoding="utf-8") as log:
-            log.write(json.dumps(dataclasses.asdict(report) | {"length": report.accepted_length}) + "\n")
+            log.write(json.dumps(dataclasses.asdict(report)) + "\n")
         _export(out, head, state, ids, opened, settings, report)
 
     _, report = trainer.run(trainer.fresh(params), Checkpoints(out / "checkpoints"), note)

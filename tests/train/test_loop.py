@@ -106,8 +106,3 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     np.testing.assert_allclose(rates, [0.1, 0.982, 0.55, 0.1], atol=2e-3)
     made, _ = trainer(steps=None, minutes=1.0, warmup=0.1, rate=1.0)
     assert float(made._rate(jnp.int32(7), jnp.float32(0.5))) == pytest.approx(0.55)
-
-
-def test_accepted_length_of_a_chain():
-    report = Report(0, 0.0, 0, 0.0, (), (0.5, 0.5))
-    assert report.accepted_length == 1.75
