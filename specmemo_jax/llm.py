@@ -132,7 +132,7 @@ class LLM:
         kv_dtype = kv_dtype_for(kv_cache_dtype)
         cache = cache_source(self.name, kv_dtype)
         task = PlanRequest(self.config, chosen, spec, workload, 1, policy, kv_dtype, cache, scoring)
-        if is_model_name(drafter) and not names_head(drafter):
+        if is_model_name(drafter) and not names_head(drafter, download=True):
             shape = default_shape(tree_nodes, task.platform)
             allowed: Drafter | str | None = open_draft_model(
                 drafter, opened, shape, jnp.dtype(chosen), task.platform

@@ -60,6 +60,13 @@ def fetch_hub_head(hub_id: str, *, download: bool = True, progress: bool | None 
     )
 
 
+def fetch_hub_config(hub_id: str, *, download: bool = True) -> Path:
+    """The folder with a hub repository's config.json, fetched alone where ``download``. Raises as
+    `fetch_hub_model`.
+    """
+    return _snapshot(hub_id, ("config.json",), download, None)
+
+
 def _snapshot(hub_id: str, names: tuple[str, ...], download: bool, progress: bool | None) -> Path:
     """What the hub has of ``names``."""
     from huggingface_hub import snapshot_download

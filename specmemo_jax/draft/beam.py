@@ -176,8 +176,8 @@ def grow_tree(
     pending: Int[Array, " B"],
     shape: TreeShape,
 ) -> Tree:
-    """A tree rooted in ``pending``, after a first pass over M nodes from position ``known[b]`` on that put out
-    ``hidden``; what it put out at node ``last[b]`` says what follows ``pending``.
+    """A tree rooted in ``pending``, after a first pass over M nodes from position ``known[b]`` on that gave
+    ``hidden``; what it gave at node ``last[b]`` says what follows ``pending``.
     """
     B, M, _ = hidden.shape
     k, slots = shape.branches, jnp.arange(M)[None, :]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from specmemo_jax.checkpoints.checkpoint import all_finite
-from specmemo_jax.checkpoints.hub import fetch_hub_head, is_hub_id
+from specmemo_jax.checkpoints.hub import fetch_hub_config, fetch_hub_head, is_hub_id
 from specmemo_jax.checkpoints.pickled_tensors import list_pickled
 from specmemo_jax.checkpoints.safetensors_files import SafetensorsReader, list_safetensors_file
 from specmemo_jax.checkpoints.zoo import zoo_folder, zoo_root
@@ -41,21 +41,24 @@ class OpenHead:
     tensors: Callable[[], dict[str, np.ndarray]] = dataclasses.field(repr=False)
 
 
-def names_head(model: str | Path) -> bool:
-    """Whether a zoo name, a folder or a hub id in the hub's cache is a draft head rather than a model.
+def names_head(model: str | Path, *, download: bool = False) -> bool:
+    """Whether a zoo name, a folder or a hub id is a draft head rather than a model.
 
     By its config, by its file's name, or, where a config is like a one-layer Llama's, by its tensors' names.
-    False for what is not there.
+    False for what is not there. ``download``: of a hub id that is not in the hub's cache the config is
+    fetched, and the rest where that does not tell.
     """
     try:
-        folder = _folder(model, download=False)
+        on_hub = _is_on_hub(model)
+        folder = fetch_hub_config(str(model), download=download) if on_hub else _folder(model, download=False)
         if any((folder / file).is_file() for file in FILES if file.startswith("medusa")):
             return True
         raw = _config(folder)
-        if config_names_head(raw):
-            return True
-        one_layer = raw.get("num_hidden_layers") == 1
-        return one_layer and names_of_head(list_tensors(folder))
+        if config_names_head(raw) or raw.get("num_hidden_layers") != 1:
+            return config_names_head(raw)
+        if on_hub:
+            folder = fetch_hub_head(str(model), download=download)
+        return names_of_head(list_tensors(folder))
     except (SpecMemoError, OSError):
         return False
 
@@ -119,12 +122,19 @@ def _folder(model: str | Path, *, download: bool) -> Path:
     path = Path(model).expanduser()
     if str(model) and path.is_dir():
         return path
-    if isinstance(model, str) and is_hub_id(model) and not path.exists():
-        return fetch_hub_head(model, download=download)
+    if _is_on_hub(model):
+        return fetch_hub_head(str(model), download=download)
     raise ModelNotFoundError(
         f"no draft head {str(model)!r} in the zoo or on disk; a folder with config.json and {FILES[0]} "
         "(or the published files), or a hub id org/name, would work"
     )
+
+
+def _is_on_hub(model: str | Path) -> bool:
+    """Whether only the hub can have it."""
+    if not isinstance(model, str) or zoo_folder(model) is not None:
+        return False
+    return is_hub_id(model) and not Path(model).expanduser().exists()
 
 
 def _config(folder: Path) -> dict[str, Any]:

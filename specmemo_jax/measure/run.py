@@ -67,7 +67,7 @@ def open_setup(
     chosen = jnp.dtype(default_dtype(device) if dtype == "auto" else dtype)
     if not is_model_name(drafter):
         found = make_drafter(drafter, tree_nodes, platform=device.platform, dtype=chosen.name)
-    elif names_head(drafter):
+    elif names_head(drafter, download=True):
         shape = HEAD_TREE if tree_nodes is None else default_shape(tree_nodes, device.platform)
         found = open_head_drafter(drafter, opened.config, shape, chosen, device.platform)
     else:

@@ -103,9 +103,9 @@ def read_target(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """``losses`` ``[steps]``: of each depth. ``tried``, ``right`` ``[steps]``: chains from every position that
-    came to a depth with all former tokens right, and those right there, too. ``walks``, ``walked``: steps of
-    decoding with a greedy chain, each from where the last one ended, and the tokens that they brought.
+    """``losses`` ``[steps]``: of each depth. ``tried``, ``right`` ``[steps]``: chains, from every position,
+    that came to a depth with all former tokens right, and those right there, too. ``walks``, ``walked``:
+    steps of decoding with a greedy chain, each from where the last one ended, and the tokens they brought.
     """
 
     losses: Array

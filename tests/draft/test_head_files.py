@@ -423,8 +423,11 @@ def test_heads_of_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert names_head("org/head")
-    assert all(local for local, _ in asked)
     assert not names_head("org/absent")
+    assert all(local for local, _ in asked)
+    asked.clear()
+    assert names_head("org/head", download=True)
+    assert asked == [(False, ["config.json"])]
     asked.clear()
     assert open_head("org/head", TARGET).config.draft_vocab_size == Vd
     first, second = asked
