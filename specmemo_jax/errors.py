@@ -48,6 +48,10 @@ class CacheWarning(SpecMemoWarning):
     """Something that would be kept for the next start cannot be."""
 
 
+class DrafterWarning(SpecMemoWarning):
+    """A trained head whose guesses are not accepted: made for another target, most likely."""
+
+
 class CapacityWarning(SpecMemoWarning):
     """The device had less memory than planned: what was given up so that generation could go on."""
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -19,7 +20,7 @@ from specmemo_jax.engine.reading import chunk_of, chunk_starts, observe, prefill
 from specmemo_jax.engine.request import Request, common_prefix
 from specmemo_jax.engine.runner import Runner
 from specmemo_jax.engine.scoring import Scorer
-from specmemo_jax.errors import CapacityError
+from specmemo_jax.errors import CapacityError, DrafterWarning
 from specmemo_jax.llama.packing import Target
 from specmemo_jax.memory.plan import MemoryPlan
 from specmemo_jax.memory.shapes import Shapes
@@ -27,6 +28,8 @@ from specmemo_jax.memory.shapes import Shapes
 # Steps of a program that are not timed: in them a GPU records its kernels as a graph, and XLA's CPU libraries
 # prepare themselves (the first step of a tree of 4, batch 4, took 7 times the next).
 CPU_SETTLING, GPU_SETTLING = 1, 4
+# A trained head that brings fewer tokens a step than so, over so many, is not one for this target.
+UNTRAINED_LENGTH, JUDGED_STEPS = 1.02, 256
 SHORTEST_BURST = 0.02  # seconds: reading after every short step would cost more than a row's idle place
 
 
@@ -64,6 +67,7 @@ class Engine:
         self.chooser = TreeChooser(self.shapes.tree_sizes, self.shapes.batch, probe) if adapts else None
         self._step_seconds: dict[int, float] = {}  # of the last burst of each tree
         self._steps_run: Counter[jax.stages.Compiled] = Counter()
+        self._judged: list[int] | None = []  # tokens of a trained head's first steps, until it was judged
         self._unsettled = False  # plain steps ran that still wait in the drafter
 
     def replan(self, plan: MemoryPlan) -> None:
@@ -295,6 +299,23 @@ class Engine:
         self._step_seconds[nodes] = seconds / steps
         if self.chooser is not None and settled:
             self.chooser.record(nodes, steps, seconds, steps * sum(turns) / max(len(turns), 1))
+        if nodes > 1 and self._judged is not None and self.drafter is not None and self.drafter.taps:
+            self._judge_head(turns)
+
+    def _judge_head(self, turns: list[int]) -> None:
+        """Say once if a trained head is never right: with another target's shapes nothing else would tell."""
+        assert self._judged is not None and self.drafter is not None
+        self._judged += turns
+        if len(self._judged) < JUDGED_STEPS:
+            return
+        length, self._judged = sum(self._judged) / len(self._judged), None
+        if length < UNTRAINED_LENGTH:
+            warnings.warn(
+                f"drafter {self.drafter.name}: {length:.2f} tokens a step over {JUDGED_STEPS} steps, so almost "
+                "nothing that it guesses is right; a head that was trained for this very target would work",
+                DrafterWarning,
+                stacklevel=2,
+            )
 
     # ------------------------------------------------------------ compiled ahead
 
