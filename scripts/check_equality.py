@@ -29,7 +29,10 @@ from tqdm import tqdm
 
 from specmemo_jax import LLM, LlamaConfig, SamplingParams
 from specmemo_jax.checkpoints import open_checkpoint, resolve
+from specmemo_jax.checkpoints.zoo import zoo_config
 from specmemo_jax.draft import Drafter, DraftModel, NgramDrafter, SelfDrafter, TreeShape, make_drafter
+from specmemo_jax.draft.head_files import heads_for
+from specmemo_jax.draft.load import open_head_drafter
 from specmemo_jax.draft.ngram import chain
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.request import Request
@@ -67,6 +70,12 @@ def drafters(model: str) -> dict[str, Callable[[], Drafter | None]]:
             _draft_model, model, TreeShape.of(nodes, 2, -(-nodes // 2)), True
         )
     found["chain 8"] = partial(chain, 8)
+    platform = jax.devices()[0].platform
+    for head in heads_for(model):
+        for shape in (TreeShape.of(4), TreeShape(8, 4, 2), TreeShape(16, 5, 4), TreeShape(64, 6, 10)):
+            found[f"{head}, {shape.num_nodes}"] = partial(
+                open_head_drafter, head, zoo_config(model), shape, jnp.dtype("float32"), platform
+            )
     return found
 
 
