@@ -29,7 +29,7 @@ from specmemo_jax.llama.model import Sight, embed, run_block
 from specmemo_jax.llama.packing import Target
 from specmemo_jax.llama.rope import rope_tables
 
-WAITING = 8  # plain steps that a row's features wait for (`specmemo_jax.decode.emitted.BURST`)
+WAITING = 32  # plain steps whose features wait: so many are read for little more than one
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +71,11 @@ class EagleDrafter(BeamDrafter):
     def taps(self) -> tuple[int, ...]:
         """The head's."""
         return self.config.taps
+
+    @property
+    def most_waiting(self) -> int:
+        """As many as the state has room for."""
+        return WAITING
 
     @property
     def most_read(self) -> int:

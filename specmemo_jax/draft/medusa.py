@@ -129,11 +129,6 @@ class MedusaDrafter(Drafter):
         return self.config.taps
 
     @property
-    def waits(self) -> bool:
-        """Never: it keeps the last position only."""
-        return False
-
-    @property
     def max_depth(self) -> int:
         """Of the tree, which may be less than there are heads; the tokens of so many are scored."""
         return max(self.tree.depths)

@@ -57,11 +57,11 @@ class Drafter(abc.ABC):
         return ()
 
     @property
-    def waits(self) -> bool:
-        """Whether a position waits in its state for what follows: it needs the token after it, and those of
-        plain steps need `settle`. Of those that have taps; one that has read all that it was told says no.
+    def most_waiting(self) -> int:
+        """Plain steps whose positions can wait in its state until `settle` reads them; 0 where none does,
+        since the drafter has read all that it was told.
         """
-        return bool(self.taps)
+        return 0
 
     @property
     def max_depth(self) -> int:
@@ -131,8 +131,8 @@ class Drafter(abc.ABC):
         """A tree rooted in ``pending``, the token at position ``lengths[b]`` (after all observed ones)."""
 
     def settle(self, view: View, state: State, lengths: Int[Array, " B"]) -> State:
-        """Read what waits of plain steps, `decode.emitted.BURST` at most; rows hold ``lengths`` positions.
-        Run by a program of its own after such steps, for drafters that have `waits`.
+        """Read what waits of plain steps, `most_waiting` at most; rows hold ``lengths`` positions. Run by a
+        program of its own, before trees are proposed again or more would wait.
         """
         return state
 

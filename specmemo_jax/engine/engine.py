@@ -68,7 +68,7 @@ class Engine:
         self._step_seconds: dict[int, float] = {}  # of the last burst of each tree
         self._steps_run: Counter[jax.stages.Compiled] = Counter()
         self._judged: list[int] | None = []  # tokens of a trained head's first steps, until it was judged
-        self._unsettled = False  # plain steps ran that still wait in the drafter
+        self._waiting = 0  # plain steps that a drafter with taps has not read
 
     def replan(self, plan: MemoryPlan) -> None:
         """Go on with other shapes and an empty device state; their drafter: the old one, limited, or None."""
@@ -179,7 +179,7 @@ class Engine:
         if before is None:
             return 0
         kept = common_prefix(before.ids[: before.num_cached], request.ids[:-1])
-        if self.drafter is not None and self.drafter.waits:  # for the token after the last one kept
+        if self.drafter is not None and self.drafter.most_waiting:  # for the token after the last one kept
             kept = max(0, kept - 1)
         if kept:
             restore(self.runner, row, request, kept)
@@ -243,7 +243,7 @@ class Engine:
             return
         nodes, steps = self._choose(live, min(max_steps, BURST), waiting)
         self._reserve(max(len(s.ids) for s in live.values()) + steps * self._path_length(nodes))
-        self._observe_what_was_missed(nodes)
+        self._observe_what_was_missed(nodes, steps)
         step = self.step_program(self.capacity, any(s.sampled for s in live.values()), nodes)
         began = time.perf_counter()
         for _ in range(steps):
@@ -274,16 +274,21 @@ class Engine:
         """The most tokens that a step with such a tree emits a row."""
         return 1 if nodes == 1 or self.drafter is None else self.drafter.limited(nodes).max_depth + 1
 
-    def _observe_what_was_missed(self, nodes: int) -> None:
-        """Before a burst with trees of ``nodes``, tell the drafter what rows committed while it slept: every
-        row, since it drafts for all of them. One with taps has seen it, and reads now what waits.
+    def _observe_what_was_missed(self, nodes: int, steps: int) -> None:
+        """Before ``steps`` steps with trees of ``nodes``, tell the drafter what rows committed while it slept:
+        every row, since it drafts for all of them. One with taps has seen it, and reads what waits.
         """
-        if self.drafter is None or (nodes == 1 and not self.drafter.waits):
+        if self.drafter is None:
             return
         if self.drafter.taps:
-            if self._unsettled:
+            plain = steps if nodes == 1 else 0
+            most = self.drafter.most_waiting if plain else 0
+            if self._waiting and self._waiting + plain > most:
                 self.runner.run(self.runner.program("settle"))
-            self._unsettled = nodes == 1 and self.drafter.waits
+                self._waiting = 0
+            self._waiting += plain if self.drafter.most_waiting else 0
+            return
+        if nodes == 1:
             return
         for row, request in self.placement.cached.items():
             if request.num_observed < request.num_cached:
@@ -304,15 +309,16 @@ class Engine:
 
     def _judge_head(self, turns: list[int]) -> None:
         """Say once if a trained head is never right: with another target's shapes nothing else would tell."""
-        assert self._judged is not None and self.drafter is not None
+        assert self._judged is not None
+        assert self.drafter is not None
         self._judged += turns
         if len(self._judged) < JUDGED_STEPS:
             return
         length, self._judged = sum(self._judged) / len(self._judged), None
         if length < UNTRAINED_LENGTH:
             warnings.warn(
-                f"drafter {self.drafter.name}: {length:.2f} tokens a step over {JUDGED_STEPS} steps, so almost "
-                "nothing that it guesses is right; a head that was trained for this very target would work",
+                f"drafter {self.drafter.name}: {length:.2f} tokens a step over {JUDGED_STEPS} steps, so next "
+                "to nothing that it guesses is right; a head that was trained for this target would work",
                 DrafterWarning,
                 stacklevel=2,
             )

@@ -44,7 +44,7 @@ def plan_keys(programs: Programs) -> Iterator[tuple[str, Key]]:
             yield f"step {nodes}, {how}", ("step", S, nodes, sampled, 0)
         for width, (group, which) in itertools.product(shapes.chunks, groups):
             yield f"prefill {width}{which}, {how}", ("prefill", S, width, sampled, group)
-    if programs.drafter is not None and programs.drafter.waits:
+    if programs.drafter is not None and programs.drafter.most_waiting:
         yield "settle", ("settle", S, 0, False, 0)
     if programs.drafter is not None and not programs.drafter.taps:
         for width, (group, which) in itertools.product(shapes.chunks, groups):

@@ -119,7 +119,7 @@ def footprint(shapes: Shapes, device: DeviceSpec | None = None) -> Footprint:
         )
         found = [_step(base, _limited(drafter, nodes), shapes) for nodes in shapes.tree_sizes]
         found += [_prefill(base, drafter, width, shapes.policy) for width in shapes.chunks]
-        if drafter is not None and drafter.waits:
+        if drafter is not None and drafter.most_waiting:
             found.append(_program("settle", list(drafter.live_sets(base, 0)), _results(config)))
         found += [_score(base, width) for width in shapes.chunks if shapes.scoring]
         for program in found:

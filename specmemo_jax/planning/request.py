@@ -44,7 +44,7 @@ from specmemo_jax.planning.profile import (
     user_folder,
 )
 from specmemo_jax.planning.search import Candidate, PlanRequest, candidates, frontier, search
-from specmemo_jax.planning.speed import SpeedModel, calibrated, roofline
+from specmemo_jax.planning.speed import Calibrated, SpeedModel, calibrated, roofline
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -242,8 +242,12 @@ def candidates_for(
 
 
 def _heads(model: str, request: PlanRequest, tree_nodes: int | None) -> list[Drafter]:
-    """The zoo's heads for a model whose acceptance was measured, each with the trees that may pay."""
+    """The zoo's heads for a model whose acceptance was measured, each with the trees that may pay. On a CPU,
+    where a data sheet does not say what nodes cost, only once `specmemo calibrate` has measured it.
+    """
     found: list[Drafter] = []
+    if request.platform == "cpu" and not isinstance(speed_for(request, model), Calibrated):
+        return found
     for name in heads_for(model):
         shape = default_shape(tree_nodes, request.platform)
         head = open_head_drafter(name, request.config, shape, jnp.dtype(request.dtype), request.platform)

@@ -144,9 +144,7 @@ def total_loss(
     return jnp.sum(stacked * decay), outcome
 
 
-def walk(
-    starts: Bool[Array, "B T"], accepted: Int[Array, "B T"]
-) -> tuple[Int[Array, ""], Int[Array, ""]]:
+def walk(starts: Bool[Array, "B T"], accepted: Int[Array, "B T"]) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """Steps that decoding takes through the slots ``starts`` of each row, and their tokens: where one begins
     it brings the ``accepted`` and one more, and the next one begins after those. Not every slot begins one,
     so that the mean over all slots would promise more: where much is accepted, fewer steps begin.

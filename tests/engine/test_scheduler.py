@@ -88,7 +88,7 @@ def test_burst_after_sleep_near_the_end_of_a_row_keeps_its_hit_rates(engine_with
         engine.burst()
     assert engine.capacity == 256
     assert request.num_observed < 224 < request.num_cached  # the last chunk of 32 is moved back
-    engine._observe_what_was_missed(nodes=engine.shapes.tree_nodes)
+    engine._observe_what_was_missed(engine.shapes.tree_nodes, 1)
     assert rates(engine, 0) == learned
     history = np.asarray(engine.runner.state.draft.history)[0]
     assert history[: request.num_cached].tolist() == request.ids[:-1]
