@@ -105,8 +105,9 @@ def take_weights(llm: LLM, first: LLM) -> LLM:
     """``llm``, over the weights of ``first``: its own may lie better or worse in memory, and fill a GPU."""
     if llm is not first:
         own, engine = llm.target, llm.engine
-        llm.target = engine.target = first.target
+        llm.target = engine.target = engine.runner.target = first.target
         engine.draft_weights = () if engine.drafter is None else engine.drafter.weights(first.target)
+        engine.runner.draft_weights = engine.draft_weights
         for leaf in own.leaves:
             leaf.delete()
     return llm

@@ -275,7 +275,7 @@ class Engine:
         return 1 if nodes == 1 or self.drafter is None else self.drafter.limited(nodes).max_depth + 1
 
     def _observe_what_was_missed(self, nodes: int, steps: int) -> None:
-        """Before ``steps`` steps with trees of ``nodes``, tell the drafter what rows committed while it slept:
+        """Before ``steps`` steps of trees of ``nodes``, tell the drafter what rows committed while it slept:
         every row, since it drafts for all of them. One with taps has seen it, and reads what waits.
         """
         if self.drafter is None:
