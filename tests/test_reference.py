@@ -12,6 +12,7 @@ from specmemo_jax.draft.ngram import chain
 pytestmark = [pytest.mark.weights, pytest.mark.usefixtures("optimized_programs")]
 
 LINES = (Path(__file__).parent / "data" / "mt_bench_reference.jsonl").read_text().splitlines()
+HEAD = "smollm2-135m-eagle"
 # The short prompts first: two of the ways at batch 1 need one prefill program then, and no growing cache.
 ROWS = sorted((json.loads(line) for line in LINES), key=lambda row: len(row["prompt_ids"]))
 
@@ -20,11 +21,12 @@ ROWS = sorted((json.loads(line) for line in LINES), key=lambda row: len(row["pro
     ("options", "rows"),
     [
         ({"drafter": None}, ROWS if THOROUGH else [*ROWS[:3], ROWS[-1]]),
-        ({"max_batch": 4}, ROWS if THOROUGH else ROWS[11::4]),
+        ({"drafter": "ngram", "max_batch": 4}, ROWS if THOROUGH else ROWS[11::4]),
         ({"drafter": "ngram", "tree_nodes": 16, "adaptive": False}, ROWS if THOROUGH else ROWS[3:7]),
         ({"drafter": chain(8), "adaptive": False}, ROWS if THOROUGH else ROWS[7:11]),
+        ({"drafter": HEAD, "max_batch": 2, "adaptive": False}, ROWS if THOROUGH else ROWS[:4]),
     ],
-    ids=["vanilla", "ngram, batch 4", "ngram, 16 nodes", "chain, 8 nodes"],
+    ids=["vanilla", "ngram, batch 4", "ngram, 16 nodes", "chain, 8 nodes", "head, batch 2"],
 )
 def test_answers_are_the_reference_s(options, rows):
     """Questions short and long: each way some of them, and in a thorough run all 40."""
@@ -36,5 +38,8 @@ def test_answers_are_the_reference_s(options, rows):
         answer, metrics = output.outputs[0], output.metrics
         assert list(answer.token_ids) == row["new_ids"], f"question {row['question_id']}, turn {row['turn']}"
         assert sum(metrics.accepted_lengths) == len(answer.token_ids) - 1
-        if options.get("drafter", "auto") is None:
+        if options["drafter"] is None:
             assert set(metrics.accepted_lengths) == {1}
+    if options["drafter"] == HEAD:
+        lengths = [length for output in outputs for length in output.metrics.accepted_lengths]
+        assert sum(lengths) > 1.5 * len(lengths)

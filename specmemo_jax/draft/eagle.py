@@ -29,7 +29,7 @@ from specmemo_jax.llama.model import Sight, embed, run_block
 from specmemo_jax.llama.packing import Target
 from specmemo_jax.llama.rope import rope_tables
 
-WAITING = 32  # plain steps whose features wait: so many are read for little more than one
+WAITING = 16  # plain steps whose features wait: so many are read for little more than a few
 
 
 @jax.tree_util.register_dataclass
