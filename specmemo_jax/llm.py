@@ -71,7 +71,7 @@ class LLM:
             or a `LlamaConfig` together with ``params``.
         params: with a config, the canonical tensors by name (`LlamaConfig.tensor_shapes`),
             as `specmemo_jax.testing.tiny_llama` makes them.
-        drafter: ``"auto"`` (n-grams today), ``"ngram"``, ``"self:K"`` (the target's first K
+        drafter: ``"auto"`` (what the plan expects most of), ``"ngram"``, ``"self:K"`` (the target's first K
             layers), a draft model as ``model`` names one, a trained head by its folder, hub id or zoo
             name (docs/drafters.md), None for plain decoding, or any `specmemo_jax.draft.Drafter`.
         tree_nodes: T, the most nodes a built-in drafter proposes a step, root included.
@@ -162,8 +162,7 @@ class LLM:
         self.target: Target = pack(self.config, opened.tensors(), jnp.dtype(chosen), device)
         self.tokenizer, self._no_tokenizer = opened.texts()
         self.engine = Engine(self.target, self.plan, adaptive, compiled)
-        loaded = not isinstance(drafter, Drafter)  # a drafter given as an object may go on with its weights
-        self._drafted = jax.tree.leaves(self.engine.draft_weights) if loaded else ()
+        self._own_draft = not isinstance(drafter, Drafter)  # a given object may go on with its weights
 
     @property
     def drafter(self) -> Drafter | None:
@@ -187,7 +186,8 @@ class LLM:
             return
         self.engine.close()
         self.engine.runner.programs.close()
-        for leaf in (*self._drafted, *self.target.leaves):
+        drafted = jax.tree.leaves(self.engine.draft_weights) if self._own_draft else ()
+        for leaf in (*drafted, *self.target.leaves):
             leaf.delete()
 
     @property

@@ -86,6 +86,7 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".model.safetensors"
     save_file(tensors, temporary, {"format": "pt"})
+    temporary.chmod(0o644)
     temporary.replace(folder / "model.safetensors")
     content = head_json(head, target_name, target, {"converted_from": source})
     write_json(folder / "config.json", content | {"torch_dtype": dtype})

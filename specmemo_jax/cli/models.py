@@ -38,6 +38,7 @@ def list_models(
     them), not known (config only, for planning), or unusable (incomplete or quantised).
     """
     from specmemo_jax.cli.inventory import inventory
+    from specmemo_jax.draft.head_files import heads_for
 
     models = inventory()
     if as_json:
@@ -50,6 +51,9 @@ def list_models(
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for cells in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+    heads = [f"{head} for {model.name}" for model in models for head in heads_for(model.name)]
+    if heads:
+        print(f"\ndraft heads (--drafter): {', '.join(heads)}")
 
 
 def _count(parameters: int | None) -> str:

@@ -81,8 +81,8 @@ Drafter = Annotated[
     in_model(
         metavar="NAME",
         help="Who guesses ahead: auto, ngram (repeats of the text so far), self:K (the model's first K "
-        "layers), none (plain decoding), or a smaller model with the same vocabulary: a name, folder, "
-        ".gguf file or hub id.",
+        "layers), none (plain decoding), a trained head (such as smollm2-135m-eagle), or a smaller model "
+        "with the same vocabulary: a name, folder, .gguf file or hub id.",
         autocompletion=complete_drafter,
     ),
 ]

@@ -7,6 +7,7 @@ by joint probability (EAGLE-2, arXiv 2406.16858); EAGLE-3 (arXiv 2503.01840) is 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +15,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from specmemo_jax.draft.beam import BeamDrafter, Passes, TreeShape, beam_cost, grow_tree
+from specmemo_jax.draft.beam import BeamDrafter, Passes, TreeShape, grow_tree
 from specmemo_jax.draft.head_config import HeadConfig
 from specmemo_jax.draft.heads import EagleHead, abstract_head, to_target_ids
 from specmemo_jax.draft.live_sets import head_live_sets
 from specmemo_jax.draft.protocol import State, View
 from specmemo_jax.draft.tree import Tree
+from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama import kv
 from specmemo_jax.llama.buffers import Buffer, Cost, cache_buffer
 from specmemo_jax.llama.config import LlamaConfig
@@ -67,6 +69,14 @@ class EagleDrafter(BeamDrafter):
     room: int | None = None
     platform: str = "cpu"
 
+    def __post_init__(self) -> None:
+        most = self.config.num_draft_tokens
+        if self.shape.branches > most:
+            raise ConfigError(
+                f"{self.name} can propose {most} tokens, a tree of {self.shape.branches} branches was asked "
+                f"for; {most} branches at most would work"
+            )
+
     @property
     def taps(self) -> tuple[int, ...]:
         """The head's."""
@@ -102,8 +112,21 @@ class EagleDrafter(BeamDrafter):
 
     def work(self, config: LlamaConfig, itemsize: int, batch: int, length: int) -> Cost:
         """Its passes over one layer, and the rows of its vocabulary each time."""
-        draft = dataclasses.replace(self.config.layer, vocab_size=self.config.num_draft_tokens)
-        return beam_cost(draft, 1, itemsize, self.shape, batch, length)
+        c, shape = self.config.layer, self.shape
+        rows = batch * (2 + (shape.depth - 1) * shape.branches)  # two in the first pass: about what waits
+        weights = self.config.num_draft_tokens * c.hidden_size
+        weights += sum(
+            math.prod(shape)
+            for name, shape in self.config.tensor_shapes().items()
+            if len(shape) == 2 and name != "lm_head.weight"
+        )
+        attention = 4 * c.num_heads * c.head_dim * length * rows
+        cache = 2 * c.num_kv_heads * c.head_dim * length * batch
+        return Cost(
+            layers=shape.depth,
+            flops=2.0 * weights * rows + attention,
+            bytes=float(shape.depth * itemsize * (weights + cache)),
+        )
 
     def slots(self, capacity: int) -> int:
         """Of a row's own cache: what a pass writes beyond the row has room, too."""

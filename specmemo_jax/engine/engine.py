@@ -263,6 +263,8 @@ class Engine:
         nodes, steps = self.shapes.tree_nodes, min(most, *map(self.placement.steps_left, live))
         if self.chooser is not None:
             nodes, steps = self.chooser.choose(steps, waiting)
+        if nodes == 1 and self.drafter is not None and self.drafter.most_waiting:
+            steps = min(steps, self.drafter.most_waiting)
         longest = max(request.left for request in live.values())
         steps = max(1, min(steps, -(-longest // self._path_length(nodes))))
         if waiting and (seconds := self._step_seconds.get(nodes)):
@@ -350,9 +352,10 @@ class Engine:
             for kind, width, sampled, row in sorted(wanted)
         }
         new = {key: row for key, row in now.items() if key not in programs}
-        programs.get_all(
-            [*new, *(("step", later, nodes, sampled, 0) for sampled in kinds for nodes in trees)]
-        )
+        ahead: list[Key] = [("step", later, nodes, sampled, 0) for sampled in kinds for nodes in trees]
+        if self.drafter is not None and self.drafter.most_waiting and 1 in trees:
+            ahead.append(("settle", capacity, 0, False, 0))
+        programs.get_all([*new, *ahead])
         nothing = settings_of(Request([0], 1))
         for key, row in new.items():
             if key[0] == "step":

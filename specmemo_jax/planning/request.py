@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import platform as host
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,6 @@ from specmemo_jax.draft import (
     is_model_name,
     make_drafter,
 )
-from specmemo_jax.draft.eagle import EagleDrafter
 from specmemo_jax.draft.head_files import heads_for, names_head
 from specmemo_jax.draft.load import open_head_drafter
 from specmemo_jax.errors import ConfigError, ModelNotFoundError, WeightsError
@@ -139,8 +139,8 @@ def named_config(model: str | Path) -> ModelRef:
         return ModelRef(str(model), LlamaConfig.from_json(path))
     if not path.exists() and isinstance(model, str) and is_hub_id(model):
         raise ModelNotFoundError(
-            f"{model} would have to be fetched to be planned for; `specmemo pull {model}` and then "
-            "the folder that it names, or a config.json, would work"
+            f"{model} would have to be fetched to be planned for; `specmemo pull {model}` (of a draft head, "
+            "`specmemo convert`) and then the folder that it names, or a config.json, would work"
         )
     return ModelRef(str(model), open_checkpoint(resolve(model, download=False).path).config)
 
@@ -210,6 +210,12 @@ def drafter_named(
                 f"{drafter} cannot draft: its vocabulary has {draft.vocab_size} ids, the target's "
                 f"{config.vocab_size}; a draft with the target's own vocabulary, ngram or self:K would work"
             )
+        one_wide_layer = draft.num_layers == 1 and draft.hidden_size == config.hidden_size
+        if one_wide_layer and not any(Path(drafter).glob("*.safetensors")):
+            raise ConfigError(
+                f"{drafter}: one layer as wide as the target's may be a draft head or a model, which its "
+                "weights would tell; with them, or after `specmemo convert`, it would work"
+            )
         return DraftModel(
             config=draft,
             load=_no_weights,
@@ -248,18 +254,15 @@ def _heads(model: str, request: PlanRequest, tree_nodes: int | None) -> list[Dra
     found: list[Drafter] = []
     if request.platform == "cpu" and not isinstance(speed_for(request, model), Calibrated):
         return found
-    for name in heads_for(model):
-        shape = default_shape(tree_nodes, request.platform)
-        head = open_head_drafter(name, request.config, shape, jnp.dtype(request.dtype), request.platform)
-        if stored_profile(model, head.name) is None:
-            continue
-        shapes = (shape,)
-        if tree_nodes is None:
-            shapes = CPU_HEAD_TREES if request.platform == "cpu" else GPU_HEAD_TREES
-        if isinstance(head, EagleDrafter):
-            found += [dataclasses.replace(head, shape=shape) for shape in shapes]
-        else:
-            found += [dataclasses.replace(head, num_nodes=shape.num_nodes) for shape in shapes]
+    shapes = CPU_HEAD_TREES if request.platform == "cpu" else GPU_HEAD_TREES
+    if tree_nodes is not None:
+        shapes = (default_shape(tree_nodes, request.platform),)
+    for name, shape in itertools.product(heads_for(model), shapes):
+        # A head whose target has only the name in common, or that cannot fill the tree, is not offered.
+        with contextlib.suppress(ConfigError, WeightsError):
+            head = open_head_drafter(name, request.config, shape, jnp.dtype(request.dtype), request.platform)
+            if stored_profile(model, head.name) is not None:
+                found.append(head)
     return found
 
 

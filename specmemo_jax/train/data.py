@@ -2,9 +2,11 @@
 
 import dataclasses
 import hashlib
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -134,13 +136,15 @@ def load_tokens(path: Path) -> list[Conversation]:
             ids, offsets, answers, questions = (
                 file[name] for name in ("ids", "offsets", "answers", "questions")
             )
-    except (OSError, ValueError, KeyError) as error:
-        raise RequestError(f"{path} is no file of training tokens ({error})") from error
-    spans: list[list[tuple[int, int]]] = [[] for _ in questions]
-    for row, begin, end in answers.tolist():
-        spans[row].append((begin, end))
-    rows = zip(offsets[:-1], offsets[1:], spans, questions.tolist(), strict=True)
-    return [Conversation(ids[begin:end].astype(np.int32), span, key) for begin, end, span, key in rows]
+        spans: list[list[tuple[int, int]]] = [[] for _ in questions]
+        for row, begin, end in answers.tolist():
+            spans[row].append((begin, end))
+        rows = zip(offsets[:-1], offsets[1:], spans, questions.tolist(), strict=True)
+        return [Conversation(ids[begin:end].astype(np.int32), span, key) for begin, end, span, key in rows]
+    except (OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+        raise RequestError(
+            f"{path} is no file of training tokens ({error}); a whole one of `specmemo train` would work"
+        ) from error
 
 
 def read_file(path: Path, tokenizer: Tokenizer | None, eos_ids: Sequence[int]) -> list[Conversation]:

@@ -75,25 +75,31 @@ def train_head(settings: Settings, out: Path, say: Callable[[str], None] = lambd
     A run in the same folder with the same settings goes on where it was. Raises SpecMemoError.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _check_same(out / RUN, settings)
+    _check_folder(out, settings)
     on_cpu = live_devices()[0].platform == "cpu"
     dtype = jnp.dtype(("float32" if on_cpu else "bfloat16") if settings.dtype == "auto" else settings.dtype)
     opened = open_model(settings.target)
-    weights = load_target(opened, dtype)
-    eos = opened.generation_defaults.eos_token_ids
-    if not eos and opened.tokenizer is not None:
-        eos = tuple(opened.tokenizer.eos_token_ids)
-    found = _conversations(settings, out, opened, weights, eos, 32 if on_cpu else 512, say)
-    train, held = _rows(found, settings.length, say)
-    size = settings.draft_vocab or None
+    if settings.length > opened.config.max_context:
+        raise ConfigError(
+            f"rows of {settings.length} tokens for a target with a context of {opened.config.max_context}; "
+            "that many or fewer (--length) would work"
+        )
     head = start.head_config(
         settings.method,
         opened.config,
-        draft_vocab=size,
+        draft_vocab=settings.draft_vocab or None,
         taps=settings.taps,
         heads=settings.steps,
         own_lm_head=settings.own_lm_head,
     )
+    eos = opened.generation_defaults.eos_token_ids
+    if not eos and opened.tokenizer is not None:
+        eos = tuple(opened.tokenizer.eos_token_ids)
+    given = _given(settings, opened, eos)
+    write_json(out / RUN, _plain(settings))
+    weights = load_target(opened, dtype)
+    found = given or _made(settings, out, opened, weights, eos, 32 if on_cpu else 512, say)
+    train, held = _rows(found, settings.length, say)
     answers = train.tokens[train.answers]
     ids = start.draft_ids(answers, head.draft_vocab_size, opened.config.vocab_size, eos)
     covered = float(np.isin(held.tokens[held.answers], ids).mean()) if held.answers.any() else 1.0
@@ -134,22 +140,51 @@ def train_head(settings: Settings, out: Path, say: Callable[[str], None] = lambd
     return report
 
 
-def _check_same(file: Path, settings: Settings) -> None:
-    """Write down what the folder's run is; refuse a run of another kind in it. What ends it may change."""
-    asked = json.loads(json.dumps(dataclasses.asdict(settings)))
-    if file.exists():
+def _plain(settings: Settings) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def _check_folder(out: Path, settings: Settings) -> None:
+    """Refuse a folder with something else in it: a model, or a run of other settings. How long it goes on and
+    how often it saves and reports, may change.
+    """
+    file = out / RUN
+    if not file.exists():
+        held = [path.name for path in (out / "config.json", *out.glob("*.safetensors")) if path.exists()]
+        if held:
+            raise ConfigError(f"{out} holds {held[0]}, and no run of training; another folder would work")
+        return
+    try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        free = ("minutes", "save_every", "report_every", "sample_batch")
-        other = [name for name in asked if name not in free and found.get(name) != asked[name]]
-        if other:
-            raise ConfigError(
-                f"{file.parent} holds a run with {other[0]}={found.get(other[0])!r}, asked is "
-                f"{asked[other[0]]!r}; the same settings, or another folder, would work"
-            )
-    write_json(file, asked)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} does not say what the run is; another folder would work")
+    asked, free = _plain(settings), ("minutes", "save_every", "report_every", "sample_batch")
+    other = [name for name in asked if name not in free and found.get(name) != asked[name]]
+    if other:
+        raise ConfigError(
+            f"{out} holds a run with {other[0]}={found.get(other[0])!r}, asked is "
+            f"{asked[other[0]]!r}; the same settings, or another folder, would work"
+        )
 
 
-def _conversations(
+def _given(settings: Settings, opened: OpenModel, eos: tuple[int, ...]) -> list[data.Conversation] | None:
+    """The conversations of a file that was named."""
+    if settings.data is None:
+        return None
+    path, size = Path(settings.data), opened.config.vocab_size
+    if not path.is_file():
+        raise RequestError(f"no file {path}; one of conversations (.jsonl, .npz), or none, would work")
+    found = data.read_file(path, opened.tokenizer, eos)
+    most = max((int(np.max(c.ids, initial=0)) for c in found), default=-1)
+    if not 0 <= most < size:
+        what = "no conversation" if most < 0 else f"token {most}, the target has {size}"
+        raise RequestError(f"{path} holds {what}; conversations with this target would work")
+    return found
+
+
+def _made(
     settings: Settings,
     out: Path,
     opened: OpenModel,
@@ -158,12 +193,7 @@ def _conversations(
     batch: int,
     say: Callable[[str], None],
 ) -> list[data.Conversation]:
-    """What is trained on: given, kept from an earlier start, or made now and kept."""
-    if settings.data is not None:
-        path = Path(settings.data)
-        if not path.is_file():
-            raise RequestError(f"no file {path}; one of conversations (.jsonl, .npz), or none, would work")
-        return data.read_file(path, opened.tokenizer, eos)
+    """Conversations that the target makes up: kept from an earlier start, or made now and kept."""
     if (out / DATA).exists():
         return data.load_tokens(out / DATA)
     if opened.tokenizer is None:
@@ -185,6 +215,10 @@ def _conversations(
         temperature=settings.temperature,
         greedy_share=settings.greedy_share,
     )
+    if not found:
+        raise RequestError(
+            f"no conversation came of {settings.synthesize} questions; more of them would work"
+        )
     data.save_tokens(out / DATA, found)
     return found
 
