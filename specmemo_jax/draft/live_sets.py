@@ -4,6 +4,7 @@ import dataclasses
 
 from specmemo_jax.draft.beam import TreeShape
 from specmemo_jax.llama.live_sets import (
+    CUBLAS_WORKSPACE,
     FULL,
     ForwardShape,
     LiveSet,
@@ -56,7 +57,10 @@ def head_live_sets(
             read = dataclasses.replace(read, rows=1, gathered=draft.rows > 1)
         live, nodes = (*attention(read), *projections(read), until_commit(read)), read.all_nodes
     width = inputs + 3 * draft.config.hidden_size  # beside them the embedding, the residual, and both normed
-    return tuple((*of, array("inputs of the head", (nodes, width), FULL)) for of in live)
+    beside: LiveSet = (array("inputs of the head", (nodes, width), FULL),)
+    if draft.backend == "triton":  # a head's products can be too narrow for it, and cuBLAS takes those
+        beside += (array("workspace", (CUBLAS_WORKSPACE,), 1, "int8"),)
+    return tuple((*of, *beside) for of in live)
 
 
 def medusa_live_sets(

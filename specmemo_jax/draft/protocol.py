@@ -59,7 +59,8 @@ class Drafter(abc.ABC):
     @property
     def most_waiting(self) -> int:
         """Plain steps whose positions can wait in its state until `settle` reads them; 0 where none does,
-        since the drafter has read all that it was told.
+        since the drafter has read all that it was told. A drafter that lets any wait reads a position
+        together with the token after it: a prompt that begins as another did is read from one token earlier.
         """
         return 0
 

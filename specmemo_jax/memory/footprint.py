@@ -139,7 +139,9 @@ def footprint(shapes: Shapes, device: DeviceSpec | None = None) -> Footprint:
 
 
 def _tuned_workspace(device: DeviceSpec | None) -> LiveSet:
-    """On an H200 the step of 64 nodes of llama-2-7b took 6% more than without (docs/performance-log.md)."""
+    """What a program needs more where XLA tunes on the device and takes cuBLAS: nothing before Hopper.
+    Without it a step of 64 nodes of llama-2-7b was 4 MiB above its price (docs/performance-log.md).
+    """
     if device is None or device.platform != "cuda" or float(device.compute_capability or 0) < 9:
         return ()
     return (Buffer("workspace of a tuned product", (TUNED_WORKSPACE,), "int8", TUNED_WORKSPACE),)

@@ -82,8 +82,7 @@ class Report:
 class Trainer:
     """One head in training: a frozen target, rows on the device, and the two programs.
 
-    ``params``: masters to start from. ``train``, ``held``: rows as `specmemo_jax.train.data.PackedRows` has
-    them.
+    ``train``, ``held``: rows as `specmemo_jax.train.data.PackedRows` has them.
     """
 
     def __init__(
