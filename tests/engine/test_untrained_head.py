@@ -1,3 +1,7 @@
+import dataclasses
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -6,7 +10,7 @@ from specmemo_jax.draft import TreeShape
 from specmemo_jax.draft.eagle import EagleDrafter
 from specmemo_jax.draft.head_config import HeadConfig, default_taps, head_layer
 from specmemo_jax.draft.heads import pack_head
-from specmemo_jax.errors import DrafterWarning
+from specmemo_jax.errors import ConfigError, DrafterWarning
 from specmemo_jax.testing import TINY, tiny_llama
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2], [6, 5], [3, 5, 8, 9]]
@@ -36,3 +40,18 @@ def test_a_head_that_is_never_right_is_announced_once_and_says_the_same():
     with pytest.warns(DrafterWarning, match=r"eagle: 1\.00 tokens a step over 256 steps") as caught:
         assert answers(head_that_guesses(never)) == plain
     assert len(caught) == 1
+
+
+def test_a_head_with_fewer_tokens_than_branches_is_refused():
+    with pytest.raises(ConfigError, match="can propose 1 tokens, a tree of 2 branches was asked for"):
+        dataclasses.replace(head_that_guesses(5), shape=TreeShape.of(4, 2))
+
+
+def test_a_head_that_is_given_up_is_freed():
+    with LLM(TINY, tiny_llama(), drafter=head_that_guesses(5), max_context=96) as llm:
+        llm.generate(PROMPTS[:1], SamplingParams(temperature=0, max_tokens=4))
+        weights = [weakref.ref(leaf) for leaf in llm.engine.draft_weights]
+        llm.engine.replan(llm.plan.resized(None, 1))
+        gc.collect()
+        assert not any(ref() for ref in weights)
+        llm.generate(PROMPTS[:1], SamplingParams(temperature=0, max_tokens=4))

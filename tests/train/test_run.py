@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from specmemo_jax.cli.main import app
 from specmemo_jax.errors import ConfigError
+from specmemo_jax.train.data import Conversation, save_tokens
 from specmemo_jax.train.run import Settings
 
 
@@ -57,6 +58,46 @@ def test_train_without_an_end_is_refused(tmp_path):
     assert "--minutes" in result.stderr
     with pytest.raises(ConfigError, match="minutes"):
         Settings("eagle3", "tiny")
+
+
+def test_train_leaves_a_model_in_its_folder_alone(tiny_model, chats, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    result = run(*command(tiny_model, chats, tmp_path, "--max-steps", 2))
+    assert result.exit_code == 1
+    assert "holds config.json, and no run of training; another folder would work" in result.stderr
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"data": "none.jsonl"}, "no file none.jsonl"),
+        ({"more": ("--taps", "40,41,42")}, "taps (40, 41, 42) of a target of 2 layers"),
+        ({"more": ("--length", 9000)}, "rows of 9000 tokens for a target with a context of 256"),
+    ],
+)
+def test_train_after_a_mistake_takes_the_same_folder(tiny_model, chats, tmp_path, wrong, said):
+    more = ("--max-steps", 1)
+    result = run(*command(tiny_model, wrong.get("data", chats), tmp_path, *more, *wrong.get("more", ())))
+    assert result.exit_code == 1
+    assert said in result.stderr
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_train_refuses_tokens_of_another_target(tiny_model, tmp_path):
+    save_tokens(tmp_path / "data.npz", [Conversation([1, 2, 70000, 3], [(2, 4)], 0)])
+    result = run(*command(tiny_model, tmp_path / "data.npz", tmp_path / "out", "--max-steps", 1))
+    assert result.exit_code == 1
+    assert "holds token 70000, the target has" in result.stderr
+
+
+def test_train_refuses_a_broken_file_of_tokens(tiny_model, tmp_path):
+    save_tokens(tmp_path / "data.npz", [Conversation([1, 2, 3], [(1, 3)], 0)])
+    content = (tmp_path / "data.npz").read_bytes()
+    (tmp_path / "data.npz").write_bytes(content[: len(content) // 2])
+    result = run(*command(tiny_model, tmp_path / "data.npz", tmp_path / "out", "--max-steps", 1))
+    assert result.exit_code == 1
+    assert "is no file of training tokens" in result.stderr
 
 
 def test_train_goes_on_after_a_kill_to_the_same_weights(tiny_model, chats, tmp_path):
