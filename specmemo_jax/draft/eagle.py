@@ -62,7 +62,7 @@ class EagleDrafter(BeamDrafter):
     """
 
     config: HeadConfig
-    load: Callable[[Target], Any]
+    load: Callable[[Target], Any] = dataclasses.field(compare=False)
     shape: TreeShape
     dtype: str
     name: str = "eagle"

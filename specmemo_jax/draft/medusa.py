@@ -90,7 +90,7 @@ class MedusaDrafter(Drafter):
     """
 
     config: HeadConfig
-    load: Callable[[Target], Any]
+    load: Callable[[Target], Any] = dataclasses.field(compare=False)
     num_nodes: int
     dtype: str
     name: str = "medusa"

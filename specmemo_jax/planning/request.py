@@ -52,7 +52,7 @@ KV_DTYPES = ("auto", "int8")
 NGRAM_NODES = (2, 4, 8, 16, 32, 64)
 # Trees of a head that are offered: chains where nodes cost, wider ones where they are nearly free.
 CPU_HEAD_TREES = tuple(TreeShape.of(nodes) for nodes in (3, 4, 5, 6))
-GPU_HEAD_TREES = (TreeShape(4, 3), TreeShape(8, 4, 2), TreeShape(16, 5, 4), TreeShape(32, 6, 6))
+GPU_HEAD_TREES = (TreeShape(4, 3), TreeShape(8, 4, 2), TreeShape(16, 5, 4))
 # Where no acceptance was measured: the chance that a draft's next guess is right, about what Leviathan et al.
 # (arXiv 2211.17192, table 2) measured with small drafts at temperature 0.
 ASSUMED_CHANCE = 0.7

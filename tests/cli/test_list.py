@@ -26,6 +26,8 @@ def test_the_zoo_with_sizes_and_licences(hub_cache, tmp_path, monkeypatch):
     assert first.split() == ["name", "parameters", "weights", "on", "disk", "to", "fetch", "licence"]
     assert second.split() == [DEFAULT, "135M", "not", "pulled", "-", "98", "MB", "Apache-2.0"]
     assert any(line.startswith("llama-2-70b-chat") and "config only" in line for line in rest)
+    *rest, blank, heads = rest
+    assert (blank, heads) == ("", "draft heads (--drafter): smollm2-135m-eagle for smollm2-135m-instruct")
     models = listed()
     assert len(models) == len(rest) + 1
     assert (models[DEFAULT]["state"], models[DEFAULT]["path"]) == ("not pulled", None)
