@@ -132,7 +132,7 @@ def save_tokens(path: Path, conversations: Sequence[Conversation]) -> None:
 def load_tokens(path: Path) -> list[Conversation]:
     """What `save_tokens` wrote. Raises RequestError for another file."""
     try:
-        with np.load(path) as file:
+        with path.open("rb") as raw, np.load(raw) as file:
             ids, offsets, answers, questions = (
                 file[name] for name in ("ids", "offsets", "answers", "questions")
             )
