@@ -14,9 +14,7 @@ its calibration, or from the data sheet where there is none. Beside it what the 
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +23,9 @@ from specmemo_jax.checkpoints import open_checkpoint, resolve
 from specmemo_jax.devices.compiler import enable_compilation_cache
 from specmemo_jax.devices.table import live_device
 from specmemo_jax.draft.protocol import Drafter
-from specmemo_jax.engine.engine import Engine
 from specmemo_jax.errors import ConfigError
 from specmemo_jax.llama.packing import Target, pack
-from specmemo_jax.measure.timing import BlankDrafter, part_filled
-from specmemo_jax.memory.plan import lay_out
-from specmemo_jax.memory.shapes import Shapes
+from specmemo_jax.measure.timing import BlankDrafter, engine_at, part_filled, step_case
 from specmemo_jax.planning.request import drafter_named, speed_for, workload_for
 from specmemo_jax.planning.search import PlanRequest
 
@@ -114,23 +109,10 @@ def times(
 
 def case(target: Target, drafter: Drafter | None, batch: int, slots: int, steps: int) -> Callable[[], float]:
     """A function that times ``steps`` steps; seconds a step."""
-    context = min(slots, target.config.max_context) - 64
-    config, dtype = target.config, target.dtype.name
-    shapes = Shapes(config, dtype, target.platform, context, batch, drafter, capacities=(slots,))
-    engine = Engine(target, lay_out(shapes))
+    engine = engine_at(target, drafter, batch, slots)
     nodes = 1 if drafter is None else drafter.num_nodes
-    program, held = engine.step_program(slots, nodes=nodes), [part_filled(engine, slots)]
-
-    def run() -> float:
-        state: Any = jax.block_until_ready(held[0])
-        began = time.perf_counter()
-        for _ in range(steps):
-            state, _ = program(target.leaves, engine.draft_weights, state)
-        jax.block_until_ready(state)
-        held[0] = state
-        return (time.perf_counter() - began) / steps
-
-    return run
+    states = {(batch, slots): part_filled(engine, slots)}
+    return step_case(engine, engine.step_program(slots, nodes=nodes), states, (batch, slots), steps)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ from specmemo_jax.devices.allocator import check_allocator, limit_allocator
 from specmemo_jax.devices.compiler import compilation_folder, enable_compilation_cache
 from specmemo_jax.devices.quiet import live_devices
 from specmemo_jax.devices.table import live_device
-from specmemo_jax.draft import Drafter, default_shape, is_model_name
-from specmemo_jax.draft.head_files import names_head
-from specmemo_jax.draft.load import open_draft_model
+from specmemo_jax.draft import Drafter, is_model_name
+from specmemo_jax.draft.load import open_drafter
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.executables import ExecutableStore
 from specmemo_jax.engine.program_cache import ProgramCache
@@ -132,10 +131,9 @@ class LLM:
         kv_dtype = kv_dtype_for(kv_cache_dtype)
         cache = cache_source(self.name, kv_dtype)
         task = PlanRequest(self.config, chosen, spec, workload, 1, policy, kv_dtype, cache, scoring)
-        if is_model_name(drafter) and not names_head(drafter, download=True):
-            shape = default_shape(tree_nodes, task.platform)
-            allowed: Drafter | str | None = open_draft_model(
-                drafter, opened, shape, jnp.dtype(chosen), task.platform
+        if is_model_name(drafter):
+            allowed: Drafter | str | None = open_drafter(
+                drafter, opened, tree_nodes, jnp.dtype(chosen), task.platform
             )
         else:
             allowed = drafter_named(drafter, tree_nodes, self.config, task)

@@ -1,18 +1,12 @@
 """``specmemo convert``: a published draft head as files of this project's own format."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from specmemo_jax.cli import options
 from specmemo_jax.cli.completion import complete_model
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from specmemo_jax.draft.head_config import HeadConfig
-    from specmemo_jax.llama.config import LlamaConfig
 
 EPILOG = """Examples:
 
@@ -47,9 +41,11 @@ def convert(
     """
     import numpy as np
 
+    from specmemo_jax.checkpoints.checkpoint import all_finite
     from specmemo_jax.draft.head_files import open_head
     from specmemo_jax.errors import ConfigError
     from specmemo_jax.planning.request import named_config
+    from specmemo_jax.train.export import head_json, write_files
 
     folder = Path(out).expanduser()
     if (folder / "config.json").exists():
@@ -60,33 +56,10 @@ def convert(
     if dtype is not options.Dtype.auto:
         chosen = np.dtype(dtype.value)
         tensors = {name: array if name == "d2t" else array.astype(chosen) for name, array in tensors.items()}
-    _write(folder, head.config, tensors, target, config, source)
+    overflown = [name for name, array in tensors.items() if name != "d2t" and not all_finite(array)]
+    if overflown:
+        raise ConfigError(f"{overflown[0]} does not fit {dtype.value}; --dtype bfloat16 or auto would work")
+    stored = str(next(array.dtype for name, array in tensors.items() if name != "d2t"))
+    content = head_json(head.config, target, config, {"converted_from": source})
+    write_files(folder, tensors, content | {"torch_dtype": stored})
     print(folder)
-
-
-def _write(
-    folder: Path,
-    head: "HeadConfig",
-    tensors: "dict[str, np.ndarray]",
-    target_name: str,
-    target: "LlamaConfig",
-    source: str,
-) -> None:
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    from specmemo_jax.draft.heads import target_ids
-    from specmemo_jax.files.json_files import write_json
-    from specmemo_jax.train.export import head_json
-
-    dtype = str(next(array.dtype for name, array in tensors.items() if name != "d2t"))
-    if "d2t" in tensors:
-        marks = np.isin(np.arange(target.vocab_size), target_ids(tensors["d2t"]))
-        tensors = tensors | {"t2d": marks}
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".model.safetensors"
-    save_file(tensors, temporary, {"format": "pt"})
-    temporary.chmod(0o644)
-    temporary.replace(folder / "model.safetensors")
-    content = head_json(head, target_name, target, {"converted_from": source})
-    write_json(folder / "config.json", content | {"torch_dtype": dtype})

@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specmemo_jax.draft.beam import BeamDrafter, Passes, TreeShape, grow_tree
 from specmemo_jax.draft.head_config import HeadConfig
-from specmemo_jax.draft.heads import EagleHead, abstract_head, to_target_ids
+from specmemo_jax.draft.head_drafter import HeadDrafter
+from specmemo_jax.draft.heads import EagleHead, to_target_ids
 from specmemo_jax.draft.live_sets import head_live_sets
 from specmemo_jax.draft.protocol import State, View
 from specmemo_jax.draft.tree import Tree
@@ -31,7 +32,9 @@ from specmemo_jax.llama.model import Sight, embed, run_block
 from specmemo_jax.llama.packing import Target
 from specmemo_jax.llama.rope import rope_tables
 
-WAITING = 16  # plain steps whose features wait: so many are read for little more than a few
+# Plain steps whose features wait to be read: fewer would be read too often, and reading more would be the
+# program that takes most memory.
+WAITING = 16
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +51,7 @@ class EagleState:
 
 
 @dataclasses.dataclass(frozen=True)
-class EagleDrafter(BeamDrafter):
+class EagleDrafter(HeadDrafter, BeamDrafter):
     """EAGLE 1, 2 or 3 for a target.
 
     Args:
@@ -78,11 +81,6 @@ class EagleDrafter(BeamDrafter):
             )
 
     @property
-    def taps(self) -> tuple[int, ...]:
-        """The head's."""
-        return self.config.taps
-
-    @property
     def most_waiting(self) -> int:
         """As many as the state has room for."""
         return WAITING
@@ -96,15 +94,6 @@ class EagleDrafter(BeamDrafter):
     def window(self) -> int:
         """W: positions that wait at most."""
         return self.most_read + WAITING
-
-    def weights(self, target: Target) -> Any:
-        """The packed weights, loaded now."""
-        return self.load(target)
-
-    def weight_shapes(self, target: Target) -> Any:
-        """Of the packed weights."""
-        shapes = abstract_head(self.config, jnp.dtype(self.dtype), target.platform).shapes
-        return tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in shapes.values())
 
     def limited(self, num_nodes: int) -> "EagleDrafter":
         """The same weights and state, a smaller tree."""
@@ -160,12 +149,10 @@ class EagleDrafter(BeamDrafter):
     def buffers(self, groups: Groups) -> tuple[Buffer, ...]:
         """Weights, cache, and the features that wait."""
         layer, item, B, W = self.config.layer, jnp.dtype(self.dtype).itemsize, groups.rows, self.window
-        leaves = abstract_head(self.config, jnp.dtype(self.dtype), self.platform).shapes.values()
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         width = len(self.taps) * layer.hidden_size
         vector = (1, 2, layer.num_kv_heads, layer.head_dim)
         return (
-            Buffer("draft weights", (sum(leaf.size for leaf in leaves),), self.dtype, size, "weights"),
+            self.weights_buffer(),
             cache_buffer("draft KV", self._own(groups), vector, self.dtype, item),
             Buffer("draft tokens", (B, 1 + W), "int32", 4 * B * (1 + W)),
             Buffer("draft features", (B, W, width), self.dtype, B * W * width * item),
@@ -222,7 +209,7 @@ class EagleDrafter(BeamDrafter):
         """Read what waits, whose last position is followed by ``pending``, and look ahead. It goes on waiting
         until `observe` says that the row has gone on: another does not forget it.
         """
-        head, P = self._merge(view), self.most_read
+        head, P = self.merge(view), self.most_read
         known = jnp.minimum(state.known, lengths)
         last = jnp.clip(lengths - known - 1, 0, P - 1)
         following = jnp.pad(state.tokens[:, 1:P], ((0, 0), (0, 1)))
@@ -279,7 +266,7 @@ class EagleDrafter(BeamDrafter):
         counts: Int[Array, " R"],
     ) -> EagleState:
         """One pass over ``counts[r]`` positions from ``begin[r]`` on but the last, which then waits."""
-        head, group = self._merge(view), view.group
+        head, group = self.merge(view), view.group
         caches = state.caches if group is None else (state.caches[group],)
         own = None if group is None else rows - kv.first_row(state.caches, group)
         out, new = self._pass(view, head, caches, tokens[:, 1:], features[:, :-1], begin, own)
@@ -324,9 +311,6 @@ class EagleDrafter(BeamDrafter):
             head.layer, residual, rope_tables(self.config.layer, positions), sight, None, read
         )
         return out, (pair,)
-
-    def _merge(self, view: View) -> EagleHead:
-        return abstract_head(self.config, jnp.dtype(self.dtype), view.model.platform).merge(view.weights)
 
 
 def _layer(caches: kv.Caches) -> Any:

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 from specmemo_jax.checkpoints.open import OpenModel, open_model
 from specmemo_jax.devices.table import Device
+from specmemo_jax.draft import default_shape
 from specmemo_jax.draft.beam import TreeShape
 from specmemo_jax.draft.draft_model import DraftModel
 from specmemo_jax.draft.eagle import EagleDrafter
-from specmemo_jax.draft.head_files import open_head
+from specmemo_jax.draft.head_files import names_head, open_head
 from specmemo_jax.draft.heads import pack_head
 from specmemo_jax.draft.medusa import MedusaDrafter
 from specmemo_jax.errors import ConfigError, ModelNotFoundError
@@ -67,6 +68,26 @@ def open_head_drafter(
     if head.config.kind == "medusa":
         return MedusaDrafter(head.config, load, shape.num_nodes, name_of_dtype, name, platform)
     return EagleDrafter(head.config, load, shape, name_of_dtype, name, platform=platform)
+
+
+def open_drafter(
+    model: str | Path,
+    target: OpenModel,
+    tree_nodes: int | None,
+    dtype: jnp.dtype,
+    platform: str,
+    device: Device | None = None,
+    head_tree: TreeShape | None = None,
+) -> DraftModel | EagleDrafter | MedusaDrafter:
+    """What a name that is no drafter's of itself (`is_model_name`) stands for: a trained head, fetched where
+    only the hub has it, or a draft model. ``head_tree``: a head's where ``tree_nodes`` is left open.
+    """
+    shape = default_shape(tree_nodes, platform)
+    if not names_head(model, download=True):
+        return open_draft_model(model, target, shape, dtype, platform, device)
+    if head_tree is not None and tree_nodes is None:
+        shape = head_tree
+    return open_head_drafter(model, target.config, shape, dtype, platform)
 
 
 def _check_vocabulary(draft: OpenModel, target: OpenModel) -> None:

@@ -16,9 +16,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from specmemo_jax.draft.head_config import HeadConfig
-from specmemo_jax.draft.heads import MedusaHead, abstract_head, to_target_ids
+from specmemo_jax.draft.head_drafter import HeadDrafter
+from specmemo_jax.draft.heads import MedusaHead, to_target_ids
 from specmemo_jax.draft.live_sets import medusa_live_sets
-from specmemo_jax.draft.protocol import Drafter, State, View
+from specmemo_jax.draft.protocol import State, View
 from specmemo_jax.draft.static_tree import Chances, best_tree
 from specmemo_jax.draft.tree import Tree
 from specmemo_jax.errors import ConfigError
@@ -72,7 +73,7 @@ def _best(chances: Chances, nodes: int, depth: int) -> StaticTree:
 
 
 @dataclasses.dataclass(frozen=True)
-class MedusaDrafter(Drafter):
+class MedusaDrafter(HeadDrafter):
     """Medusa's heads for a target.
 
     Args:
@@ -124,11 +125,6 @@ class MedusaDrafter(Drafter):
         return _best(known, self.num_nodes, self._levels)
 
     @property
-    def taps(self) -> tuple[int, ...]:
-        """The heads'."""
-        return self.config.taps
-
-    @property
     def max_depth(self) -> int:
         """Of the tree, which may be less than there are heads; the tokens of so many are scored."""
         return max(self.tree.depths)
@@ -158,15 +154,6 @@ class MedusaDrafter(Drafter):
         """The same weights and state, the best smaller tree that is no deeper."""
         return dataclasses.replace(self, num_nodes=num_nodes, depth=self.max_depth)
 
-    def weights(self, target: Target) -> Any:
-        """The packed weights, loaded now."""
-        return self.load(target)
-
-    def weight_shapes(self, target: Target) -> Any:
-        """Of the packed weights."""
-        shapes = abstract_head(self.config, jnp.dtype(self.dtype), target.platform).shapes
-        return tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in shapes.values())
-
     def work(self, config: LlamaConfig, itemsize: int, batch: int, length: int) -> Cost:
         """The heads' blocks, and the rows that score for all of them, read once unless each has its own."""
         H, n = self.config.layer.hidden_size, self.max_depth
@@ -181,12 +168,7 @@ class MedusaDrafter(Drafter):
     def buffers(self, groups: Groups) -> tuple[Buffer, ...]:
         """Weights, and a feature a row."""
         B, H, dtype = groups.rows, self.config.layer.hidden_size, jnp.dtype(self.dtype)
-        leaves = abstract_head(self.config, dtype, self.platform).shapes.values()
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-        return (
-            Buffer("draft weights", (sum(leaf.size for leaf in leaves),), self.dtype, size, "weights"),
-            Buffer("draft feature", (B, H), self.dtype, B * H * dtype.itemsize),
-        )
+        return self.weights_buffer(), Buffer("draft feature", (B, H), self.dtype, B * H * dtype.itemsize)
 
     def live_sets(self, target: ForwardShape, chunk: int | None) -> tuple[LiveSet, ...]:
         """The heads' logits in a step; of a prompt's chunk one row of its features."""
@@ -223,9 +205,7 @@ class MedusaDrafter(Drafter):
         self, view: View, state: State, pending: Int[Array, " B"], lengths: Int[Array, " B"]
     ) -> tuple[Tree, State]:
         """The token of each node from its depth's head, by rank."""
-        head: MedusaHead = abstract_head(self.config, jnp.dtype(self.dtype), view.model.platform).merge(
-            view.weights
-        )
+        head: MedusaHead = self.merge(view)
         form, k, (B,) = self.tree, self.branches, pending.shape
         scores = head.scores(view.model, self.max_depth, state[:, None])
         best = jnp.concatenate([_likeliest(x, k) for x in scores], axis=1).reshape(B, -1)

@@ -283,12 +283,12 @@ class Engine:
         if self.drafter is None:
             return
         if self.drafter.taps:
-            plain = steps if nodes == 1 else 0
-            most = self.drafter.most_waiting if plain else 0
-            if self._waiting and self._waiting + plain > most:
+            most = self.drafter.most_waiting
+            plain = steps if nodes == 1 and most else 0
+            if self._waiting and (nodes > 1 or self._waiting + plain > most):
                 self.runner.run(self.runner.program("settle"))
                 self._waiting = 0
-            self._waiting += plain if self.drafter.most_waiting else 0
+            self._waiting += plain
             return
         if nodes == 1:
             return

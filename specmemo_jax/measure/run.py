@@ -18,12 +18,10 @@ from specmemo_jax.draft import (
     Drafter,
     NgramDrafter,
     TreeShape,
-    default_shape,
     is_model_name,
     make_drafter,
 )
-from specmemo_jax.draft.head_files import names_head
-from specmemo_jax.draft.load import open_draft_model, open_head_drafter
+from specmemo_jax.draft.load import open_drafter
 from specmemo_jax.engine.engine import Engine
 from specmemo_jax.engine.request import Request
 from specmemo_jax.errors import ConfigError, RequestError
@@ -65,14 +63,10 @@ def open_setup(
     """Load what `LLM` would load for these names. Raises as it does."""
     opened, device = open_model(model), live_devices()[0]
     chosen = jnp.dtype(default_dtype(device) if dtype == "auto" else dtype)
-    if not is_model_name(drafter):
-        found = make_drafter(drafter, tree_nodes, platform=device.platform, dtype=chosen.name)
-    elif names_head(drafter, download=True):
-        shape = HEAD_TREE if tree_nodes is None else default_shape(tree_nodes, device.platform)
-        found = open_head_drafter(drafter, opened.config, shape, chosen, device.platform)
+    if is_model_name(drafter):
+        found = open_drafter(drafter, opened, tree_nodes, chosen, device.platform, head_tree=HEAD_TREE)
     else:
-        shape = default_shape(tree_nodes, device.platform)
-        found = open_draft_model(drafter, opened, shape, chosen, device.platform)
+        found = make_drafter(drafter, tree_nodes, platform=device.platform, dtype=chosen.name)
     return Setup(opened, pack(opened.config, opened.tensors(), chosen, device), found)
 
 

@@ -119,13 +119,13 @@ def measure(
     grid = dataclasses.replace(grid, capacities=fitting)
     base = grid.capacities[0]
     blank = BlankDrafter(max(grid.nodes))
-    engines = {batch: _engine(target, blank, batch, base) for batch in sorted({1, *grid.batches})}
+    engines = {batch: engine_at(target, blank, batch, base) for batch in sorted({1, *grid.batches})}
     states = {(b, c): part_filled(engines[b], c) for b, c in dict.fromkeys((b, c) for b, c, _ in grid.steps)}
     cases: dict[Any, Callable[[], float]] = {}
     for batch, capacity, nodes in grid.steps:
         progress(f"compiling a step of {batch} x {nodes} nodes over {capacity} slots")
         program = engines[batch].step_program(capacity, nodes=nodes)
-        cases["step", batch, capacity, nodes] = _step_case(
+        cases["step", batch, capacity, nodes] = step_case(
             engines[batch], program, states, (batch, capacity), grid.repeats
         )
     chunks = engines[1].plan.shapes.chunks
@@ -179,7 +179,7 @@ def _calibration(
     )
 
 
-def _engine(target: Target, drafter: Drafter, batch: int, capacity: int) -> Engine:
+def engine_at(target: Target, drafter: Drafter | None, batch: int, capacity: int) -> Engine:
     """An engine whose prompts lie in a cache of ``capacity`` slots."""
     context = min(capacity, target.config.max_context)
     config, dtype = target.config, target.dtype.name
@@ -213,7 +213,7 @@ def _part_filled(engine: Engine, capacity: int) -> EngineState:
     return dataclasses.replace(state, rows=rows, draft=draft)
 
 
-def _step_case(
+def step_case(
     engine: Engine, program: Any, states: dict[tuple[int, int], EngineState], key: Any, repeats: int
 ) -> Callable[[], float]:
     """Seconds a step; the state is donated and put back for the next."""
@@ -243,7 +243,7 @@ def _prefill_case(engine: Engine, chunk: int) -> Callable[[], float]:
 
 def _draft_case(target: Target, drafter: Drafter, capacity: int, repeats: int) -> Callable[[], float]:
     """Seconds of one row's proposing and observing."""
-    engine = _engine(target, drafter, 1, capacity)
+    engine = engine_at(target, drafter, 1, capacity)
     state = _part_filled(engine, capacity)
     rows, weights, held = state.rows, engine.draft_weights, [state.draft]
     width = len(drafter.taps) * target.config.hidden_size

@@ -10,6 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from specmemo_jax.draft.head_config import HeadConfig
+from specmemo_jax.draft.heads import target_ids
 from specmemo_jax.files.json_files import write_json
 from specmemo_jax.llama.config import LlamaConfig
 
@@ -34,16 +35,25 @@ def write_head(
 
     ``training``: how it was trained and what it reached, for whoever reads the file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.asarray(params[name]).astype(ml_dtypes.bfloat16) for name in head.tensor_shapes()}
     if head.draft_vocab_size is not None:
         tensors["d2t"] = ids.astype(np.int64) - np.arange(len(ids))
-        tensors["t2d"] = np.isin(np.arange(target.vocab_size), ids)
+    write_files(folder, tensors, head_json(head, target_name, target, training))
+
+
+def write_files(folder: Path, tensors: Mapping[str, np.ndarray], content: Mapping[str, Any]) -> None:
+    """``tensors`` by `HeadConfig`'s names, with ``t2d`` ``[V]`` beside ``d2t`` as published, and config.json
+    with ``content``; each file in one move.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if "d2t" in tensors:
+        marks = np.isin(np.arange(content["vocab_size"]), target_ids(tensors["d2t"]))
+        tensors = {**tensors, "t2d": marks}
     temporary = folder / ".model.safetensors"
-    save_file(tensors, temporary, {"format": "pt"})
+    save_file(dict(tensors), temporary, {"format": "pt"})
     temporary.chmod(0o644)
     temporary.replace(folder / "model.safetensors")
-    write_json(folder / "config.json", head_json(head, target_name, target, training))
+    write_json(folder / "config.json", dict(content))
 
 
 def head_json(

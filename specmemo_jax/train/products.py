@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from specmemo_jax.llama.layers import rms_norm
+
 
 def _einsum(spec: str, a: Array, b: Array, dtype: Any) -> Array:
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
@@ -49,9 +51,7 @@ def linear(x: Float[Array, "*rows I"], weight: Float[Array, "O I"], dtype: Any) 
 
 def norm(x: Float[Array, "B T H"], weight: Float[Array, " H"], eps: float) -> Float[Array, "B T H"]:
     """Root-mean-square norm, float32."""
-    x = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-    return x * scale * weight.astype(jnp.float32)[None, None]
+    return rms_norm(x.astype(jnp.float32), weight, eps)
 
 
 def chunk_size(total: int, most: int) -> int:
